@@ -1,0 +1,1 @@
+"""llmkit: fine-tune and distil language models from a recipe."""

@@ -1,0 +1,63 @@
+"""Settings of ``data:``, what a training stage reads and how rows become tokens."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llmkit.recipe import Settings
+
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+
+
+class SourceSettings(Settings):
+    path: str
+    """A local path, a glob, an fsspec URI (``s3://…``) or a hub data set id."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of this source in the mix: 2.0 takes each row twice an epoch, 0.5 a seeded half of the rows."""
+    split: str = "train"
+    """Split to take from a hub data set."""
+    format: Format | None = None
+    """Format of this source where it differs from ``data.format``."""
+    columns: dict[str, str] | None = None
+    """Columns of this source where they differ from ``data.columns``."""
+
+
+class EvalSplitSettings(Settings):
+    split: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the training rows held out, chosen by seed; duplicates of a row stay on one side."""
+
+
+Sources = str | SourceSettings | list[str | SourceSettings]
+
+
+class DataSettings(Settings):
+    train: Sources
+    """Training rows: a path, a glob, a URI, a hub id, a mapping (``path``, ``weight``, …) or a list of these."""
+    eval: EvalSplitSettings | Sources | None = None
+    """Held-out rows: ``{split: 0.02}`` or a source like ``train``. None trains without evaluation."""
+    format: Format = "auto"
+    """Layout of a row; ``auto`` detects it from the columns and prints what it found."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names of your columns for the fields of the format, e.g. ``{prompt: question, completion: answer}``."""
+    system: str | None = None
+    """System message put before conversations that have none."""
+    chat_template: str | None = None
+    """Jinja template (text, or path of a ``.jinja`` file) used instead of the tokenizer's own, and saved with the model."""
+    supervise: Literal["all", "last"] = "all"
+    """Which assistant turns are learned: every one, or only the last."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Longest row in tokens; also the length of a packed sequence."""
+    on_too_long: Literal["error", "drop", "truncate"] = "error"
+    """What happens to a row longer than ``max_length``. Text for continued pre-training is split, never cut."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """What happens to a row that is empty, malformed or has nothing to learn."""
+    packing: bool = False
+    """Put several rows in one sequence of ``max_length`` tokens; rows never see each other."""
+    shuffle: bool = True
+    """Shuffle the rows every epoch, by seed."""
+    streaming: bool = False
+    """Tokenize on the fly instead of up front, for data larger than the disk cache; needs ``train.max_steps``."""
+    cache_dir: str = ".llmkit/tokens"
+    """Folder of the token cache that ranks share and later runs reuse."""

@@ -1,0 +1,58 @@
+"""Settings of ``model:`` and ``adapter:``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from llmkit.recipe import Settings
+
+
+class TokenizerTrainingSettings(Settings):
+    vocab_size: Annotated[int, Field(ge=300)] = 32_000
+    """Size of the byte-level BPE vocabulary trained on ``data.train``, special tokens included."""
+    special_tokens: list[str] = Field(default_factory=lambda: ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    """Special tokens; the first ends a document."""
+
+
+class ModelSettings(Settings):
+    name_or_path: str
+    """A folder or hub id. With ``init: from_config`` only its ``config.json`` (and tokenizer) is read."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights in training; ``auto`` keeps the type they were saved in."""
+    init: Literal["pretrained", "from_config"] = "pretrained"
+    """``from_config`` starts from random weights, to pre-train a model of one's own."""
+    config_overrides: dict[str, Any] = Field(default_factory=dict)
+    """Keys of ``config.json`` to change, e.g. ``{num_hidden_layers: 6}``; with ``init: from_config`` only."""
+    tokenizer: str | TokenizerTrainingSettings | None = None
+    """Tokenizer to take over (folder or hub id), or a mapping that trains one on the corpus; None takes the model's own."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """Attention kernel; ``auto`` uses llmkit's variable-length attention where the model allows it, else sdpa."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose code you have read."""
+
+
+class AdapterSettings(Settings):
+    """A LoRA or DoRA adapter, in PEFT's names."""
+
+    r: Annotated[int, Field(ge=1)] = 16
+    """Rank of the update matrices."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale: the update is multiplied by ``lora_alpha / r``."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """Layers that get an adapter: ``all-linear``, a list of names, or a regular expression."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Layers trained in full beside the adapter and saved with it, e.g. ``[embed_tokens, lm_head]``."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (DoRA, arXiv 2402.09353)."""
+    use_rslora: bool = False
+    """Scale by ``lora_alpha / sqrt(r)`` instead (rsLoRA, arXiv 2312.03732)."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained."""
+    init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = True
+    """Initialisation of the adapter."""

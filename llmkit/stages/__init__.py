@@ -1,0 +1,19 @@
+"""The stages by name: the map of what llmkit does. A module has ``Recipe`` and ``run(recipe, ctx) -> Result``.
+
+Importing a stage's module is cheap: torch and the like are imported inside ``run``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+STAGES: dict[str, str] = {
+    "sft": "llmkit.stages.sft",
+    "lora": "llmkit.stages.lora",
+    "cpt": "llmkit.stages.cpt",
+}
+
+
+def load(stage: str) -> ModuleType:
+    return import_module(STAGES[stage])

@@ -1,0 +1,96 @@
+"""Settings of ``train:``, in Hugging Face's names and meanings, and the recipe that sft, lora and cpt share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from llmkit.data.settings import DataSettings
+from llmkit.modeling.settings import ModelSettings
+from llmkit.recipe import Recipe, Settings
+
+
+class TrainSettings(Settings):
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training rows; ``max_steps`` wins where it is set."""
+    max_steps: Annotated[int, Field(ge=-1)] = -1
+    """Optimizer steps; -1 follows ``num_train_epochs``."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    """Peak learning rate."""
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
+    """Rows (packed: sequences) per process and forward pass."""
+    per_device_eval_batch_size: Annotated[int, Field(ge=1)] = 8
+    """Rows (packed: sequences) per process in evaluation."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    """Forward passes per optimizer step. The loss is the mean over all supervised tokens of the step."""
+    micro_batch_tokens: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Most tokens that go through the model at once: a larger batch is run in parts whose gradients add up to the same step, in less memory. ``auto`` is 512 on a CPU (its cache) and no limit on a GPU; 0 is no limit."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+        "cosine_with_min_lr", "warmup_stable_decay",
+    ] = "cosine"  # fmt: skip
+    """Shape of the learning rate over the steps."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the schedule, e.g. ``{min_lr_rate: 0.1}``."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of the steps in which the learning rate rises from 0; ``warmup_steps`` wins where it is set."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rate rises from 0."""
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"] = "adamw_torch_fused"
+    """Optimizer, by Hugging Face's name."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay (norms and biases are left out)."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW's decay of the second moment."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    logging_steps: Annotated[int, Field(ge=1)] = 10
+    """A line of metrics every so many steps."""
+    eval_steps: Annotated[int, Field(ge=1)] | None = None
+    """Evaluate every so many steps; None: at the start and the end only. Needs ``data.eval``."""
+    save_steps: Annotated[int, Field(ge=1)] = 500
+    """Checkpoint every so many steps (and at the end)."""
+    save_total_limit: Annotated[int, Field(ge=1)] | None = 2
+    """Checkpoints kept; the best one and the last are never removed."""
+    save_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Checkpoint when this much time has passed since the last one, too."""
+    time_limit_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Stop with a checkpoint and the 'run me again' exit code after this time."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    bf16: bool = False
+    """Mixed precision: bfloat16 products over float32 weights (``model.dtype: float32``)."""
+    fp16: bool = False
+    """Mixed precision in float16 with loss scaling, for GPUs without bfloat16."""
+    torch_compile: bool = False
+    """Compile the model's forward and backward."""
+    use_liger_kernel: bool = False
+    """Fused Triton kernels on a GPU (package ``liger-kernel``)."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Noise on the embeddings in training (NEFTune, arXiv 2310.05914), 5 to 15 is usual."""
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many evaluations without a better held-out loss, and keep the best checkpoint's weights."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """Least improvement that counts for early stopping."""
+    load_best_model_at_end: bool = False
+    """Export the checkpoint with the lowest held-out loss instead of the last."""
+    full_determinism: bool = False
+    """Deterministic kernels on a GPU too, slower. A CPU run is always deterministic."""
+    sample_prompts: Annotated[int, Field(ge=0)] = 3
+    """Held-out rows answered by the model before and after training and kept in the result; 0 for none."""
+
+
+class TrainingRecipe(Recipe):
+    """What sft, lora and cpt have in common."""
+
+    model: ModelSettings
+    """The model that is trained."""
+    data: DataSettings
+    """What it is trained on."""
+    train: TrainSettings = TrainSettings()
+    """How it is trained."""
