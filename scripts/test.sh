@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The whole suite, as CI runs it: scripts/test.sh [--no-setup] [pytest arguments]
+#
+# Sets up .venv, makes the demo model and the training text, checks the code, then runs the fast tests on two workers and
+# after them, one at a time, those in tests/integration (real servers, real training). With pytest arguments, only one
+# pytest with these.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ "${1:-}" = --no-setup ]; then
+    shift
+else
+    scripts/setup.sh --dev && .venv/bin/python scripts/fetch_demo_model.py && .venv/bin/python scripts/make_docs_corpus.py || exit $?
+fi
+if [ $# -gt 0 ]; then
+    exec .venv/bin/python -m pytest "$@"
+fi
+
+export OMP_NUM_THREADS=1
+code=0
+step() { # name, command...: runs on after a failure, so that one run shows everything that is wrong
+    local name=$1 started=$SECONDS
+    shift
+    printf '== %s\n' "$name"
+    "$@" || { code=$?; printf '== %s FAILED (exit code %s)\n' "$name" "$code"; }
+    printf '== %s took %s s\n' "$name" $((SECONDS - started))
+}
+step "checks" scripts/check.sh
+step "fast tests" .venv/bin/python -m pytest -q -rs -n 2 -m "not integration"
+step "integration tests" .venv/bin/python -m pytest -q -rs -m integration --durations=10
+if [ $code -eq 0 ]; then echo "all passed"; else echo "FAILED, see above"; fi
+exit $code
