@@ -1,45 +1,273 @@
-"""Recipes: the typed, frozen settings of a stage, and the YAML file that is their written form."""
+"""Recipes: the typed, frozen settings of a stage, and the YAML file that is their written form.
+
+A recipe is read as YAML 1.2 (``1e-5`` is a number, ``no`` is text). Every mistake is reported at once, with file,
+line, column and what was probably meant. Nothing is expanded: ``${VAR}`` and ``~`` in a value are mistakes, because
+the frozen recipe of a run must mean the same on every machine and for every user; ``KEY=VALUE`` on the command line,
+where the shell expands them, is the place for what differs. Secrets are refused.
+"""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any, ClassVar, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from llmkit import overrides as override_keys
+from llmkit.errors import Problem, RecipeError
+from llmkit.overrides import Overrides
+from llmkit.recipe_errors import Conflict, find_problems, remaining
+from llmkit.secrets import find, mask, names_secret
+from llmkit.yaml_positions import MAX_DEPTH, Document, Place, add_core_schema, read_file
+
+__all__ = [
+    "Conflict", "Overrides", "Recipe", "Settings", "TrackingSettings", "diff", "dump", "load_recipe", "parse",
+]  # fmt: skip
 
 
 class Settings(BaseModel):
-    """A block of a recipe: frozen, without unknown keys, each field documented by the string below it."""
+    """A block of a recipe: frozen, strict about types, without unknown keys; the string below a field documents it.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=False)
+    A subclass tells what is wrong between its settings by ``conflicts``, and by ``not_here`` (key: advice) which key
+    of another recipe does not belong into it.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=False,
+        hide_input_in_errors=True,
+    )
+    not_here: ClassVar[Mapping[str, str]] = {}
+    free_text: ClassVar[frozenset[str]] = frozenset()
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Settings that are fine each, and wrong together."""
+        return iter(())
+
+    def all_conflicts(self) -> Iterator[Conflict]:
+        """``conflicts``, and values that no block may hold: secrets, variables that nobody expands, NaN."""
+        for name in type(self).model_fields:
+            yield from _value_conflicts(getattr(self, name, None), name, name in self.free_text)
+        yield from self.conflicts()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        found = [f"{c.key}: {c.message}" + (f" ({c.hint})" if c.hint else "") for c in self.all_conflicts()]
+        if found:
+            raise PydanticCustomError("conflict", "{text}", {"text": mask("; ".join(found))})
+        return self
 
 
-class TrackingSettings(Settings):
-    enabled: bool = True
-    """False keeps the metrics in the output folder only."""
-    uri: str | None = None
-    """MLflow tracking URI; None takes MLFLOW_TRACKING_URI, else ``sqlite:///mlflow.db`` in the working directory."""
-    experiment: str | None = None
-    """MLflow experiment; None takes MLFLOW_EXPERIMENT_NAME, else ``llmkit``."""
-    run_name: str | None = None
-    """Name of the run; None takes the recipe's ``name``."""
-    tags: dict[str, str] = Field(default_factory=dict)
-    """Tags of the run."""
-    log_model: bool = False
-    """Store the finished model in MLflow with a signature."""
-    register: str | None = None
-    """Register the stored model under this name; implies ``log_model``."""
-    alias: str | None = None
-    """Alias given to the registered version, e.g. ``candidate``."""
-    system_metrics: bool = True
-    """Sample CPU, memory, disk and GPU while the run lasts."""
+def _value_conflicts(value: Any, key: str, free: bool) -> Iterator[Conflict]:
+    """What is wrong with a plain value (blocks look after themselves), whatever its setting is."""
+    if isinstance(value, str):
+        yield from _text_conflicts(value, key, free)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield Conflict(key, f"expected a finite number, got {value}")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if names_secret(str(name)) and isinstance(item, str) and item:
+                yield Conflict(f"{key}.{name}", "looks like a secret", _NO_SECRETS)
+            elif find(str(name)):
+                yield Conflict(key, "a key in it looks like a secret", _NO_SECRETS)
+            else:
+                yield from _text_conflicts(str(name), key, True)
+                yield from _value_conflicts(item, f"{key}.{name}", free)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _value_conflicts(item, f"{key}.{i}", free)
+
+
+_NO_SECRETS = (
+    "a recipe holds no secrets: set it in the environment (HF_TOKEN, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD)"
+)
+_VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?")
+
+
+def _text_conflicts(value: str, key: str, free: bool) -> Iterator[Conflict]:
+    if what := find(value):
+        yield Conflict(key, f"holds {what}", _NO_SECRETS)
+    if any("\ud800" <= c <= "\udfff" or c == "\0" for c in value):
+        yield Conflict(key, "holds a character that no file can hold (NUL or half of a surrogate pair)")
+    if free:
+        return
+    if variable := _VARIABLE.search(value):
+        hint = f'write the value, or let the shell expand it: {key}="..." on the command line'
+        yield Conflict(key, f"{variable.group()} is not expanded in a recipe", hint)
+    if value.startswith("~/"):
+        hint = "write the whole path, or one relative to the working directory"
+        yield Conflict(key, "`~` is not expanded in a recipe", hint)
+
+
+with warnings.catch_warnings():
+    # pydantic warns that the field `register` hides ABCMeta.register, which nobody calls on settings.
+    warnings.filterwarnings("ignore", message='Field name "register"')
+
+    class TrackingSettings(Settings):
+        enabled: bool = True
+        """False keeps the metrics in the output folder only."""
+        uri: str | None = None
+        """MLflow tracking URI; None takes MLFLOW_TRACKING_URI, else ``sqlite:///mlflow.db`` in the working directory."""
+        experiment: str | None = None
+        """MLflow experiment; None takes MLFLOW_EXPERIMENT_NAME, else ``llmkit``."""
+        run_name: str | None = None
+        """Name of the run; None takes the recipe's ``name``."""
+        tags: dict[str, str] = Field(default_factory=dict)
+        """Tags of the run."""
+        log_model: bool = False
+        """Store the finished model in MLflow with a signature."""
+        register: str | None = None
+        """Register the stored model under this name; implies ``log_model``."""
+        alias: str | None = None
+        """Alias given to the registered version, e.g. ``candidate``; needs ``register``."""
+        system_metrics: bool = True
+        """Sample CPU, memory, disk and GPU while the run lasts."""
+
+        @model_validator(mode="before")
+        @classmethod
+        def _registering_logs(cls, data: Any) -> Any:
+            if isinstance(data, dict) and data.get("register") is not None:
+                return {"log_model": True} | data
+            return data
+
+        def conflicts(self) -> Iterator[Conflict]:
+            if self.register and not self.log_model and "log_model" in self.model_fields_set:
+                hint = "remove `log_model: false`"
+                yield Conflict("log_model", "a model that is registered is stored too", hint, ("register",))
+            if self.alias and not self.register:
+                yield Conflict("alias", "needs `register`, the name of the registered model", also=("register",))
 
 
 class Recipe(Settings):
     """What every stage has."""
 
     name: str
-    """Name of the run, in the tracker and in messages."""
+    """Name of the run, in the tracker and in messages; it names the run's folder too."""
     seed: int = 0
     """Seed of everything random: order, dropout, initial weights, samples."""
-    output_dir: str
-    """Folder of the run. An existing run of the same recipe is resumed, of another recipe is refused."""
+    output_dir: str = Field(default_factory=lambda data: f"runs/{data.get('name', 'run')}")
+    """Folder of the run, ``runs/<name>`` by default. A run of the same recipe in it is resumed, of another refused."""
     tracking: TrackingSettings = TrackingSettings()
     """Where the run is recorded."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if wrong := _wrong_name(self.name):
+            yield Conflict("name", f"{wrong}; it names a folder")
+        if not self.output_dir.strip():
+            yield Conflict("output_dir", "is empty", "remove the line to take `runs/<name>`")
+        if not 0 <= self.seed < 2**32:
+            yield Conflict("seed", "expected a whole number from 0 to 4294967295")
+
+
+def _wrong_name(name: str) -> str:
+    if not name.strip():
+        return "is empty"
+    if name != name.strip() or name[0] in ".-":
+        return "begins with a dot or a dash, or has spaces around it"
+    wrong = next((c for c in name if c in '/\\<>:"|?*' or ord(c) < 32), None)
+    if wrong:
+        return f"must not hold {wrong!r}"
+    return "is longer than 120 bytes" if len(name.encode(errors="replace")) > 120 else ""
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+def load_recipe(path: str | Path, recipe_type: type[R], overrides: Overrides = ()) -> R:
+    """Read, override and validate a recipe file. Raises RecipeError with every mistake that was found."""
+    return _build(read_file(path), recipe_type, overrides)
+
+
+def parse(data: Mapping[str, Any], recipe_type: type[R], overrides: Overrides = ()) -> R:
+    """The same for a mapping, from Python; ``overrides`` may be ``{"train.max_steps": 20}``. Raises RecipeError."""
+    place = Place("recipe")
+    return _build(Document(_plain(data), place), recipe_type, overrides)
+
+
+def _build(document: Document, recipe_type: type[R], overrides: Overrides) -> R:
+    where = str(document.root)
+    if document.data is None:
+        raise RecipeError([Problem(where, "", "the recipe is empty", "`llmkit init STAGE` writes one to start from")])
+    if not isinstance(document.data, dict):
+        found = "a list" if isinstance(document.data, list) else "a single value"
+        hint = "is it a data file?" if found == "a list" else ""
+        raise RecipeError([Problem(where, "", f"a recipe is a mapping of keys to values, this is {found}", hint)])
+    if isinstance(overrides, Mapping):
+        overrides = {str(key): _plain(value) for key, value in overrides.items()}
+    refused = override_keys.apply(document, overrides)
+    problems = list(document.problems)
+    try:
+        recipe = recipe_type.model_validate(document.data)
+    except ValidationError as error:
+        problems += find_problems(recipe_type, document) or remaining(error, document)
+    if problems := problems + refused:
+        raise RecipeError(problems)
+    return recipe
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """Values from Python as YAML would give them: paths are text, tuples lists, settings mappings."""
+    if depth > MAX_DEPTH:
+        raise RecipeError([Problem("recipe", "", f"blocks are nested more than {MAX_DEPTH} deep")])
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, depth + 1) for item in value]
+    return value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what the loader reads back, whatever text looks like; the same object twice is written twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+add_core_schema(_Dumper)
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe, every setting written out, as YAML that ``load_recipe`` reads back to an equal recipe.
+
+    A recipe that was validated holds no secret; what was put into one behind its back is masked.
+    """
+    masked = _masked(recipe.model_dump())
+    return yaml.dump(masked, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, dict):
+        hidden = {k for k, v in value.items() if v and isinstance(v, str) and names_secret(k)}
+        return {mask(k): "***" if k in hidden else _masked(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_masked(item) for item in value]
+    return mask(value) if isinstance(value, str) else value
+
+
+def diff(a: Recipe, b: Recipe) -> list[str]:
+    """Dotted keys whose values differ, in the order of the recipe."""
+    first, second = dict(_flat(a.model_dump())), dict(_flat(b.model_dump()))
+    missing = object()
+    return [key for key in first | second if first.get(key, missing) != second.get(key, missing)]
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value

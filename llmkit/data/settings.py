@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from llmkit.recipe import Settings
+from llmkit.recipe import Conflict, Settings
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+Location = Annotated[str, Field(min_length=1)]
 
 
 class SourceSettings(Settings):
-    path: str
+    path: Location
     """A local path, a glob, an fsspec URI (``s3://…``) or a hub data set id."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of this source in the mix: 2.0 takes each row twice an epoch, 0.5 a seeded half of the rows."""
@@ -29,10 +31,12 @@ class EvalSplitSettings(Settings):
     """Share of the training rows held out, chosen by seed; duplicates of a row stay on one side."""
 
 
-Sources = str | SourceSettings | list[str | SourceSettings]
+Sources = Location | SourceSettings | list[Location | SourceSettings]
 
 
 class DataSettings(Settings):
+    free_text: ClassVar[frozenset[str]] = frozenset({"system", "chat_template"})
+
     train: Sources
     """Training rows: a path, a glob, a URI, a hub id, a mapping (``path``, ``weight``, …) or a list of these."""
     eval: EvalSplitSettings | Sources | None = None
@@ -61,3 +65,20 @@ class DataSettings(Settings):
     """Tokenize on the fly instead of up front, for data larger than the disk cache; needs ``train.max_steps``."""
     cache_dir: str = ".llmkit/tokens"
     """Folder of the token cache that ranks share and later runs reuse."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.train == []:
+            yield Conflict("train", "names no source")
+        if self.eval == []:
+            yield Conflict("eval", "names no source", "remove the line to train without evaluation")
+        if self.streaming and isinstance(self.eval, EvalSplitSettings):
+            hint = "name a source of its own in `data.eval`, or set `data.streaming: false`"
+            yield Conflict("eval", "a share of a stream cannot be held out", hint, ("streaming",))
+
+    def sources(self) -> Iterator[tuple[str, str | SourceSettings]]:
+        """Every source with its key, e.g. ``("train.0", "a.jsonl")``."""
+        for key, named in (("train", self.train), ("eval", self.eval)):
+            if isinstance(named, list):
+                yield from ((f"{key}.{i}", source) for i, source in enumerate(named))
+            elif named is not None and not isinstance(named, EvalSplitSettings):
+                yield key, named

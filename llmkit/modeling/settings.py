@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llmkit.recipe import Settings
+from llmkit.recipe import Conflict, Settings
 
 
 class TokenizerTrainingSettings(Settings):
@@ -15,9 +16,15 @@ class TokenizerTrainingSettings(Settings):
     special_tokens: list[str] = Field(default_factory=lambda: ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     """Special tokens; the first ends a document."""
 
+    def conflicts(self) -> Iterator[Conflict]:
+        if not self.special_tokens:
+            yield Conflict("special_tokens", "is empty: the first special token ends a document")
+        if "" in self.special_tokens or len(set(self.special_tokens)) < len(self.special_tokens):
+            yield Conflict("special_tokens", "holds an empty token, or one twice")
+
 
 class ModelSettings(Settings):
-    name_or_path: str
+    name_or_path: Annotated[str, Field(min_length=1)]
     """A folder or hub id. With ``init: from_config`` only its ``config.json`` (and tokenizer) is read."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
@@ -33,6 +40,15 @@ class ModelSettings(Settings):
     """Attention kernel; ``auto`` uses llmkit's variable-length attention where the model allows it, else sdpa."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.init == "from_config":
+            return
+        hint = "with `init: pretrained` the weights decide; set `init: from_config` to begin from random weights"
+        if self.config_overrides:
+            yield Conflict("config_overrides", "needs `init: from_config`", hint, ("init",))
+        if isinstance(self.tokenizer, TokenizerTrainingSettings):
+            yield Conflict("tokenizer", "training a tokenizer needs `init: from_config`", hint, ("init",))
 
 
 class AdapterSettings(Settings):
@@ -56,3 +72,7 @@ class AdapterSettings(Settings):
     """Which biases are trained."""
     init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = True
     """Initialisation of the adapter."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if not self.target_modules:
+            yield Conflict("target_modules", "names no layer", "remove the line to take `all-linear`")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from llmkit.context import Result, RunContext
+from llmkit.data.settings import SourceSettings
 from llmkit.modeling.settings import AdapterSettings
+from llmkit.recipe import Conflict
 from llmkit.training.settings import TrainingRecipe
 
 
@@ -12,6 +16,16 @@ class Recipe(TrainingRecipe):
 
     adapter: AdapterSettings | None = None
     """Train an adapter instead of all weights."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
+        hint = "for conversations use `llmkit sft` or `llmkit lora`"
+        if self.data.format not in ("auto", "text"):
+            yield Conflict("data.format", f"continued pre-training reads text, not {self.data.format}", hint)
+        for key, source in self.data.sources():
+            if isinstance(source, SourceSettings) and source.format not in (None, "auto", "text"):
+                message = f"continued pre-training reads text, not {source.format}"
+                yield Conflict(f"data.{key}.format", message, hint)
 
 
 def run(recipe: Recipe, ctx: RunContext) -> Result:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from llmkit.data.settings import DataSettings
 from llmkit.modeling.settings import ModelSettings
-from llmkit.recipe import Recipe, Settings
+from llmkit.recipe import Conflict, Recipe, Settings
 
 
 class TrainSettings(Settings):
@@ -84,6 +85,27 @@ class TrainSettings(Settings):
     sample_prompts: Annotated[int, Field(ge=0)] = 3
     """Held-out rows answered by the model before and after training and kept in the result; 0 for none."""
 
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.max_steps == 0:
+            yield Conflict("max_steps", "no steps: give 1 or more, or -1 to follow `num_train_epochs`")
+        if self.bf16 and self.fp16:
+            yield Conflict("fp16", "excludes `bf16`", "keep one of them", ("bf16",))
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            hint = "set `early_stopping_patience`, or remove this"
+            yield Conflict("early_stopping_threshold", "does nothing alone", hint, ("early_stopping_patience",))
+        yield from self._best_model_conflicts()
+
+    def _best_model_conflicts(self) -> Iterator[Conflict]:
+        """Choosing the best checkpoint needs checkpoints at evaluations."""
+        for key in ("load_best_model_at_end", "early_stopping_patience"):
+            if not getattr(self, key):
+                continue
+            if self.eval_steps is None:
+                yield Conflict(key, "needs `eval_steps`: without evaluations none is the best", also=("eval_steps",))
+            elif self.save_steps % self.eval_steps:
+                message = f"needs `save_steps` ({self.save_steps}) to be a multiple of `eval_steps` ({self.eval_steps})"
+                yield Conflict(key, message, also=("eval_steps", "save_steps"))
+
 
 class TrainingRecipe(Recipe):
     """What sft, lora and cpt have in common."""
@@ -94,3 +116,19 @@ class TrainingRecipe(Recipe):
     """What it is trained on."""
     train: TrainSettings = TrainSettings()
     """How it is trained."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
+        if self.data.streaming and self.train.max_steps < 1:
+            hint = "a stream has no known length: set how many steps to train"
+            yield Conflict("train.max_steps", "is needed with `data.streaming`", hint, ("data.streaming",))
+        if self.data.eval is None:
+            for key in ("eval_steps", "load_best_model_at_end", "early_stopping_patience"):
+                if getattr(self.train, key):
+                    hint = "for example `eval: {split: 0.02}`"
+                    yield Conflict(f"train.{key}", "needs held-out rows, in `data.eval`", hint, ("data.eval",))
+        for key in ("bf16", "fp16"):
+            if getattr(self.train, key) and self.model.dtype not in ("auto", "float32"):
+                message = f"mixed precision keeps float32 weights, but `model.dtype` is {self.model.dtype}"
+                hint = f"set `model.dtype: float32`, or remove `{key}` to train in {self.model.dtype} throughout"
+                yield Conflict(f"train.{key}", message, hint, ("model.dtype",))
