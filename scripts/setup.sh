@@ -62,10 +62,14 @@ pip_install() {
     .venv/bin/python -m pip install --disable-pip-version-check "$@" >>"$LOG" 2>&1
 }
 
+index_unreachable() {
+    grep -qiE 'name resolution|Failed to establish|timed out|Network is unreachable|ProxyError|connection refused|from versions: none' "$LOG"
+}
+
 explain_pip_failure() { # what
     tail -n 5 "$LOG" | cut -c1-300 >&2
-    if grep -qiE 'name resolution|Failed to establish|timed out|Network is unreachable|ProxyError|connection refused' "$LOG"; then
-        fail 6 "pip could not reach its package index while installing $1. Is there a network, or a proxy to set? (all of pip's output: $LOG)"
+    if index_unreachable; then
+        fail 6 "pip could not reach its package index while installing $1. Is there a network, a proxy or a mirror to set? (all of pip's output: $LOG)"
     fi
     fail 6 "pip could not install $1 (all of pip's output: $LOG)"
 }
@@ -79,7 +83,7 @@ install_torch() { # cpu | cuda
         if [ -n "${LLMKIT_TORCH_INDEX:-}" ]; then
             pip_install "torch==$TORCH_VERSION+cpu" --extra-index-url "$LLMKIT_TORCH_INDEX" && return
         fi
-        if [ "$(uname -s)" = Linux ] && [ "$(uname -m)" = x86_64 ]; then
+        if [ "$(uname -s)" = Linux ] && [ "$(uname -m)" = x86_64 ] && ! index_unreachable; then
             echo "setup: no CPU build of torch in the package index, taking the default build, which is large." \
                 "LLMKIT_TORCH_INDEX can name an index that has CPU builds."
             need_disk 14
