@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -18,7 +18,8 @@ class Result:
     """Outcome of a stage; ``result.json`` holds it, and a notebook gets it back.
 
     ``metrics`` are plain floats by name; ``artifacts`` name files and folders of the run, relative to
-    ``output_dir``; ``samples`` are answers before and after, free-form.
+    ``output_dir``; ``samples`` are answers before and after: ``prompt``, ``reference``, ``before``, ``after``.
+    ``exit_code`` and ``finished_at`` (UTC, ISO 8601) are filled in by the runner.
     """
 
     stage: str
@@ -30,9 +31,18 @@ class Result:
     samples: Sequence[Mapping[str, str]] = ()
     run_id: str | None = None
     error: str | None = None
+    exit_code: int = 0
+    finished_at: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"output_dir": str(self.output_dir)}, indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Result:
+        """The inverse of ``to_json``. ``ValueError`` or ``TypeError`` where the text is not a result."""
+        data = json.loads(text)
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in data.items() if k in known} | {"output_dir": Path(data["output_dir"])})
 
 
 class Tracker(Protocol):

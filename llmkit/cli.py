@@ -1,0 +1,358 @@
+"""The command line: it reads arguments, and is the one place that turns an exception into a message and an exit code.
+
+Each command gives back a function without arguments; ``main`` calls it. So typer only parses, and whatever goes wrong
+later is treated here. ``main`` looks for ``--json`` and ``--debug`` itself: they hold for mistakes in the arguments too.
+Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+from typer.exceptions import Abort, TyperException
+
+from llmkit import __version__
+from llmkit.launch import LAUNCHERS
+from llmkit.reply import Reply
+from llmkit.stages import STAGES
+
+EPILOG = (
+    "Exit codes: 0 done, 1 a bug in llmkit, 2 usage or recipe, 3 data, 4 a gate not met, 5 will not fit, "
+    "6 something needed is missing, 138 stopped early with a checkpoint (run the same command again)."
+)
+STAGE_PANEL = "Stages"
+
+
+Action = Callable[[], Reply]
+
+RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file of the recipe.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change, e.g. train.learning_rate=1e-5.",
+                   show_default=False),
+]  # fmt: skip
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Same as KEY=VALUE; may be repeated.", show_default=False),
+]
+LauncherOption = Annotated[str, typer.Option(metavar="|".join(LAUNCHERS), help="Where the run runs.")]
+OutputDirOption = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Folder of the run, instead of the recipe's output_dir.",
+                             show_default=False)
+]  # fmt: skip
+ResumeOption = Annotated[
+    str,
+    typer.Option(metavar="auto|never|PATH", help="auto goes on from the run's last complete checkpoint; never begins "
+                 "anew (an old folder is kept under another name); PATH begins from that checkpoint."),
+]  # fmt: skip
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved recipe and what would run, and do nothing.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object on stdout; all else goes to stderr.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+RunArg = Annotated[str, typer.Argument(metavar="RUN", help="Output folder of a run.", show_default=False)]
+
+
+def build_app() -> typer.Typer:
+    """The whole command line, one command for each of STAGES and the few that are not stages."""
+    app = typer.Typer(
+        name="llmkit",
+        help="Fine-tune and distil language models from a recipe.",
+        epilog=EPILOG,
+        no_args_is_help=True,
+        rich_markup_mode=None,  # rich would double the time that --help takes
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+
+    @app.callback()
+    def root(
+        version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True,
+                                              callback=_print_version)] = False,
+    ) -> None:  # fmt: skip
+        return None
+
+    for stage in STAGES:
+        short, long = stage_help(stage)
+        app.command(stage, help=long, short_help=short, rich_help_panel=STAGE_PANEL)(_stage_command(stage))
+    for command in (run, init, doctor, export_schema, chat, merge, sync):
+        app.command(command.__name__.replace("_", "-"))(command)
+    return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"llmkit {__version__}")
+        raise typer.Exit
+
+
+def stage_help(stage: str) -> tuple[str, str]:
+    """Short and long help of a stage from its docstrings, read from the source: importing it would cost more."""
+    spec = find_spec(STAGES[stage])
+    if spec is None or spec.origin is None:
+        return stage, stage
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    module = inspect.cleandoc(ast.get_docstring(tree) or stage)
+    recipe = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Recipe"), None)
+    detail = (ast.get_docstring(recipe) if recipe is not None else None) or ""
+    title = module.splitlines()[0].split(": ``")[0].rstrip(".") + "."
+    example = f"llmkit {stage} recipe.yaml train.learning_rate=1e-5 --output-dir runs/mine"
+    return title, f"{title}\n\n{detail}\n\nExample:\n\n  {example}"
+
+
+def _stage_command(stage: str) -> Callable[..., Action]:
+    def command(
+        recipe: RecipeArg, overrides: Overrides = None, set_: SetOption = None, launcher: LauncherOption = "local",
+        output_dir: OutputDirOption = None, resume: ResumeOption = "auto", dry_run: DryRunOption = False,
+        json: JsonOption = False, debug: DebugOption = False,
+    ) -> Action:  # fmt: skip
+        from llmkit import commands
+
+        changes = [*(overrides or []), *(set_ or [])]
+        return lambda: commands.stage(
+            stage, recipe, changes, launcher=launcher, output_dir=output_dir, resume=resume, dry_run=dry_run
+        )
+
+    return command
+
+
+def run(
+    recipe: Annotated[
+        str, typer.Argument(metavar="OUTPUT/recipe.yaml", help="The frozen recipe of a run.", show_default=False)
+    ],
+    resume: ResumeOption = "auto",
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> Action:
+    """Start or resume a run from its own folder.
+
+    This is what a launcher starts on another machine; the folder may have been moved.
+
+    Example:
+
+      llmkit run runs/mine/recipe.yaml
+    """
+    from llmkit import commands
+
+    return lambda: commands.run_frozen(recipe, resume=resume, dry_run=dry_run)
+
+
+def init(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {', '.join(STAGES)}.", show_default=False)],
+    output: Annotated[
+        str | None, typer.Option(metavar="FILE", help="File to write instead of stdout.", show_default=False)
+    ] = None,
+    debug: DebugOption = False,
+) -> Action:
+    """Write a commented recipe to start from.
+
+    Example:
+
+      llmkit init sft --output recipe.yaml
+    """
+    from llmkit import commands
+
+    return lambda: commands.init(stage, output)
+
+
+def doctor(json: JsonOption = False, debug: DebugOption = False) -> Action:
+    """Say what this machine has and what is missing.
+
+    Example:
+
+      llmkit doctor
+    """
+
+    def action() -> Reply:
+        from llmkit import doctor as checks
+
+        report = checks.examine()
+        return Reply(checks.as_text(report), report)
+
+    return action
+
+
+def export_schema(
+    stage: Annotated[
+        str | None, typer.Argument(metavar="STAGE", help="One stage; all of them when left out.", show_default=False)
+    ] = None,
+    debug: DebugOption = False,
+) -> Action:
+    """Print the JSON schema of the recipes.
+
+    With it an editor completes and checks recipes.
+
+    Example:
+
+      llmkit export-schema sft > sft.schema.json
+    """
+    from llmkit import commands
+
+    return lambda: commands.export_schema(stage)
+
+
+def chat(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run's output folder, or a model's.", show_default=False)
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Answer this and leave.", show_default=False)
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="System message of the conversation.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    debug: DebugOption = False,
+) -> Action:
+    """Talk to a trained model in the terminal. Without a terminal each line of stdin is a question of its own.
+
+    Example:
+
+      llmkit chat runs/mine --prompt "What is a list comprehension?"
+    """
+
+    def action() -> Reply:
+        from llmkit.chat import talk
+
+        talk(
+            model, prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
+        return Reply()
+
+    return action
+
+
+def merge(
+    run: RunArg,
+    output: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the merged model; RUN/merged when left out.",
+                                 show_default=False)
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> Action:  # fmt: skip
+    """Merge a run's adapter into its base model.
+
+    The merged model's logits are compared with the unmerged one's.
+
+    Example:
+
+      llmkit merge runs/mine --output models/mine
+    """
+    from llmkit import commands
+
+    return lambda: commands.merge(run, output)
+
+
+def sync(run: RunArg, json: JsonOption = False, debug: DebugOption = False) -> Action:
+    """Send the metrics that a tracking server missed.
+
+    They wait in the run's folder when the server is away.
+
+    Example:
+
+      llmkit sync runs/mine
+    """
+    from llmkit import commands
+
+    return lambda: commands.sync(run)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; gives back the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    as_json, debug = "--json" in options, "--debug" in options
+    with _stdout(as_json) as out:
+        try:
+            reply = _call(arguments)
+            _answer(reply, out, as_json=as_json)
+            return reply.exit_code
+        except BrokenPipeError:
+            # Whoever read the output has left (`| head`); the interpreter must not flush into the pipe again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except BaseException as exc:  # noqa: BLE001  the one place that knows what every exception means
+            return _fail(exc, out, as_json=as_json, debug=debug)
+
+
+def _call(arguments: list[str]) -> Reply:
+    """Parse, then act. ``--help``, ``--version`` and completion answer by themselves."""
+    action = build_app()(arguments, standalone_mode=False, prog_name="llmkit")
+    if callable(action):
+        reply: Reply = action()
+        return reply
+    return Reply(exit_code=action if isinstance(action, int) else 0)
+
+
+def _answer(reply: Reply, out: TextIO, *, as_json: bool) -> None:
+    if as_json:
+        import json
+
+        print(json.dumps(reply.data, ensure_ascii=False, indent=2, default=str), file=out, flush=True)
+    elif reply.text:
+        print(reply.text.rstrip("\n"), file=out, flush=True)
+
+
+def _fail(exc: BaseException, out: TextIO, *, as_json: bool, debug: bool) -> int:
+    message, code = _explain(exc)
+    if debug and not isinstance(exc, TyperException):
+        traceback.print_exception(exc)
+    if message:
+        print(f"llmkit: {message}" if "\n" not in message else message, file=sys.stderr, flush=True)
+    if as_json and not (isinstance(exc, SystemExit) and code == 0):
+        _answer(Reply(data={"error": message, "exit_code": code}), out, as_json=True)
+    return code
+
+
+def _explain(exc: BaseException) -> tuple[str, int]:
+    """Message for stderr and exit code."""
+    from llmkit.faults import EXIT_BUG, EXIT_INTERRUPTED, describe_bug, translate
+
+    if isinstance(exc, TyperException):
+        usage = getattr(exc, "ctx", None)
+        hint = f"\nSee: {usage.command_path} --help" if usage is not None else ""
+        return exc.format_message() + hint, 2
+    if isinstance(exc, KeyboardInterrupt | Abort):
+        return "interrupted", EXIT_INTERRUPTED
+    if isinstance(exc, SystemExit):
+        return "", exc.code if isinstance(exc.code, int) else EXIT_BUG if exc.code else 0
+    known = translate(exc)
+    if known is not None:
+        return str(known), known.exit_code
+    return describe_bug(exc), EXIT_BUG
+
+
+@contextmanager
+def _stdout(as_json: bool) -> Iterator[TextIO]:
+    """Where the answer goes. With ``--json`` everything else that is written to stdout, also by C code and by child
+    processes, goes to stderr until the end."""
+    if not as_json:
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    real, python_stdout = os.dup(1), sys.stdout
+    try:
+        with os.fdopen(os.dup(real), "w", encoding="utf-8") as out:
+            os.dup2(2, 1)
+            sys.stdout = sys.stderr
+            yield out
+    finally:
+        sys.stdout = python_stdout
+        os.dup2(real, 1)
+        os.close(real)

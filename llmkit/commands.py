@@ -1,0 +1,185 @@
+"""What the commands do, once the command line is read; each gives back a reply."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llmkit import launch, rundir, runner, stages
+from llmkit.context import Result
+from llmkit.errors import MissingError, UsageError
+from llmkit.launch.job import Job
+from llmkit.progress import quiet_libraries
+from llmkit.recipe import Recipe, dump, load_recipe
+from llmkit.reply import Reply
+from llmkit.runner import Prepared
+
+
+def stage(
+    name: str,
+    recipe_path: str,
+    overrides: Sequence[str],
+    *,
+    launcher: str,
+    output_dir: str | None,
+    resume: str,
+    dry_run: bool,
+) -> Reply:
+    """``llmkit <stage> RECIPE``: read, prepare, launch."""
+    _known(launcher, launch.LAUNCHERS, "launcher", "--launcher ")
+    changes = [*overrides, *([f"output_dir={runner.quoted(output_dir)}"] if output_dir is not None else [])]
+    for change in overrides:
+        if "=" not in change or change.startswith("="):
+            raise UsageError(
+                f"{change!r} is not KEY=VALUE. There is one recipe; what follows it changes its keys, "
+                "e.g. train.max_steps=20."
+            )
+    recipe: Recipe = load_recipe(recipe_path, stages.load(name).Recipe, changes)
+    return _start(name, recipe, launcher=launcher, resume=resume, dry_run=dry_run)
+
+
+def run_frozen(recipe_path: str, *, resume: str, dry_run: bool) -> Reply:
+    """``llmkit run OUTPUT/recipe.yaml``: the run of the folder that the recipe lies in, wherever it was moved to."""
+    path = Path(recipe_path).absolute()
+    if path.is_dir():
+        path = path / rundir.RECIPE
+    if not path.is_file():
+        raise UsageError(f"There is no file {recipe_path}. Give the recipe.yaml in a run's output folder.")
+    frozen = rundir.RunFile.read(path.parent)
+    if frozen is None or path.name != rundir.RECIPE:
+        raise UsageError(
+            f"{recipe_path} is not the recipe of a run ({path.parent} has no {rundir.RUN}). "
+            f"Start a new run with: llmkit STAGE {recipe_path}"
+        )
+    _known(frozen.stage, stages.STAGES, "stage", f"{path.parent / rundir.RUN}: ")
+    folder = f"output_dir={runner.quoted(str(path.parent))}"
+    recipe: Recipe = load_recipe(path, stages.load(frozen.stage).Recipe, [folder])
+    return _start(frozen.stage, recipe, launcher="local", resume=resume, dry_run=dry_run)
+
+
+def _start(name: str, recipe: Recipe, *, launcher: str, resume: str, dry_run: bool) -> Reply:
+    where = launch.load(launcher)
+    folder = Path(recipe.output_dir).expanduser().absolute()
+    job = Job(argv=("llmkit", "run", str(folder / rundir.RECIPE)), output_dir=folder, cwd=Path.cwd())
+    if dry_run:
+        return _dry_run(runner.look(recipe, name, resume), where.render(job))
+    result: Result = where.submit(job, partial(runner.run, recipe, name, resume))
+    from llmkit.summary import summary
+
+    print(summary(result), file=sys.stderr, flush=True)
+    return Reply(data=json.loads(result.to_json()))
+
+
+def _dry_run(found: Prepared, command: str) -> Reply:
+    print(
+        f"would run:      {command}\noutput folder:  {found.folder} ({_folder_state(found)})\nresume:         "
+        f"{resume_point(found)}",
+        file=sys.stderr,
+        flush=True,
+    )
+    text = dump(found.recipe)
+    data = {
+        "dry_run": True, "stage": found.stage, "command": command, "output_dir": str(found.folder),
+        "state": found.finding.state, "resume": resume_point(found), "recipe": _yaml(text),
+    }  # fmt: skip
+    return Reply(text, data)
+
+
+def _folder_state(found: Prepared) -> str:
+    return {
+        "new": "new",
+        "continue": "holds this run, unfinished",
+        "done": found.finding.why,
+        "set_aside": f"would be kept under another name: {found.finding.why}",
+    }[found.finding.state]
+
+
+def resume_point(found: Prepared) -> str:
+    """Where the run would begin, in words."""
+    if found.resume not in ("auto", "never"):
+        return found.resume
+    last = rundir.last_checkpoint(found.folder) if found.finding.state == "continue" else None
+    if found.finding.state == "done":
+        return "nothing to do"
+    return f"the last complete checkpoint, {last.name} if it is complete" if last else "from the start"
+
+
+def init(name: str, output: str | None) -> Reply:
+    """``llmkit init STAGE``: a commented recipe on stdout, or in a file that does not exist yet."""
+    _known(name, stages.STAGES, "stage")
+    from llmkit.schema import commented_recipe
+
+    text = commented_recipe(name)
+    if output is None:
+        return Reply(text, {"recipe": text})
+    path = Path(output)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(f"{output} is there already; it is not overwritten. Give another --output.") from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as exc:
+        raise UsageError(f"{output} cannot be written: {exc.strerror}.") from None
+    print(f"Wrote {output}. Fill it in, then: llmkit {name} {output} --dry-run", file=sys.stderr)
+    return Reply(data={"path": str(path.absolute())})
+
+
+def export_schema(name: str | None) -> Reply:
+    """``llmkit export-schema [STAGE]``: the JSON schema of one stage, or an object of all by name."""
+    from llmkit.schema import stage_schema
+
+    if name is not None:
+        _known(name, stages.STAGES, "stage")
+        schema = stage_schema(name)
+    else:
+        schema = {known: stage_schema(known) for known in stages.STAGES}
+    return Reply(json.dumps(schema, indent=2, ensure_ascii=False), dict(schema))
+
+
+def merge(run: str, output: str | None) -> Reply:
+    """``llmkit merge RUN``."""
+    quiet_libraries()
+    from llmkit.modeling.adapters import merge_run
+
+    return _report(merge_run(_run_folder(run), Path(output) if output is not None else None))
+
+
+def sync(run: str) -> Reply:
+    """``llmkit sync RUN``."""
+    quiet_libraries()
+    from llmkit.tracking import sync as send
+
+    return _report(send(_run_folder(run)))
+
+
+def _run_folder(run: str) -> Path:
+    folder = Path(run).expanduser().absolute()
+    if not folder.is_dir():
+        raise MissingError(f"There is no run folder {run}.")
+    return folder
+
+
+def _report(report: Any) -> Reply:
+    data = asdict(report) if is_dataclass(report) and not isinstance(report, type) else dict(vars(report))
+    lines = [f"{key.replace('_', ' ')}: {value}" for key, value in data.items() if value not in (None, [], {})]
+    return Reply("\n".join(lines), data)
+
+
+def _known(name: str, table: Mapping[str, str], what: str, where: str = "") -> None:
+    if name in table:
+        return
+    near = difflib.get_close_matches(name, table, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UsageError(f"{where}there is no {what} {name!r}.{hint} Known: {', '.join(table)}.")
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(text)

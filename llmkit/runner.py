@@ -1,0 +1,322 @@
+"""Prepare and run: the only place that makes the output folder, seeds, opens the tracker, handles signals and
+writes ``result.json`` (last)."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from llmkit import __version__, errors, rundir, stages
+from llmkit.context import Progress, Result, RunContext, Status, StopFlag, Tracker
+from llmkit.errors import LlmkitError, StoppedEarly, UsageError
+from llmkit.faults import EXIT_BUG, EXIT_INTERRUPTED, describe_bug, translate
+from llmkit.progress import open_progress, quiet_libraries
+from llmkit.ranks import Meeting, Ranks
+from llmkit.recipe import Recipe, dump
+from llmkit.rundir import Finding
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may begin: its recipe has an absolute ``output_dir``; ``resume`` is what the stage is told."""
+
+    stage: str
+    recipe: Recipe
+    folder: Path
+    resume: str
+    finding: Finding
+
+
+def look(recipe: Recipe, stage: str, resume: str = "auto", *, check_data: bool = False) -> Prepared:
+    """What ``prepare`` would find, touching nothing. ``UsageError`` where it would refuse."""
+    resume = _checked_resume(resume)
+    folder = Path(recipe.output_dir).expanduser().absolute()
+    data = _data_digests(recipe) if check_data else None
+    finding = rundir.examine(folder, stage, recipe, resume, data)
+    return Prepared(stage, recipe.model_copy(update={"output_dir": str(folder)}), folder, resume, finding)
+
+
+def prepare(recipe: Recipe, stage: str, resume: str = "auto") -> Prepared:
+    """Make the output folder and freeze the resolved recipe in it, for a launcher that starts the run elsewhere."""
+    with _claimed(recipe, stage, resume) as prepared:
+        return prepared
+
+
+def run(recipe: Recipe, stage: str, resume: str = "auto") -> Result:
+    """Run ``stage`` in this process, from an empty folder or from where an earlier start of the same run ended.
+
+    A finished run is not run again: its result comes back. Raises the classes of ``llmkit.errors``; anything else
+    that is raised is a bug, and its traceback is in the output folder.
+    """
+    ranks = Ranks.from_environment()
+    quiet_libraries()
+    folder = Path(recipe.output_dir).expanduser().absolute()
+    stop = StopFlag()
+    with ExitStack() as stack:
+        stack.enter_context(listening(stop))
+        try:
+            prepared = stack.enter_context(_agreed(recipe, stage, resume, ranks))
+        except (OSError, MemoryError, ImportError) as exc:
+            known = translate(exc, folder)
+            if known is None:
+                raise
+            raise known from exc
+        progress = stack.enter_context(open_progress(rank=ranks.rank))
+        if prepared.finding.state == "done" and prepared.finding.result is not None:
+            progress.note(f"{prepared.folder}: {prepared.finding.why}")
+            return replace(prepared.finding.result, output_dir=prepared.folder)
+        _announce(prepared, progress)
+        return _execute(prepared, ranks, progress, stop)
+
+
+def quoted(value: str) -> str:
+    """``value`` as the right side of ``KEY=VALUE``, kept a string whatever it looks like."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+# Preparing
+
+
+@contextmanager
+def _agreed(recipe: Recipe, stage: str, resume: str, ranks: Ranks) -> Iterator[Prepared]:
+    """Rank 0 claims the folder, every other rank takes over what it found."""
+    if ranks.world_size == 1:
+        with _claimed(recipe, stage, resume) as prepared:
+            yield prepared
+        return
+    meeting = Meeting(ranks)
+    if not ranks.is_main:
+        yield _follow(meeting.hear(), recipe, stage)
+        return
+    with ExitStack() as stack:
+        try:
+            prepared = stack.enter_context(_claimed(recipe, stage, resume))
+        except BaseException as exc:
+            known = translate(exc)
+            meeting.tell({"error": type(known).__name__ if known else "LlmkitError", "message": str(known or exc)})
+            raise
+        result = prepared.finding.result
+        meeting.tell({
+            "state": prepared.finding.state, "why": prepared.finding.why, "resume": prepared.resume,
+            "folder": str(prepared.folder), "result": result.to_json() if result else None,
+        })  # fmt: skip
+        yield prepared
+
+
+def _follow(message: Mapping[str, Any], recipe: Recipe, stage: str) -> Prepared:
+    if "error" in message:
+        kind = getattr(errors, message["error"], LlmkitError)
+        # RecipeError takes problems, and its text is already made.
+        raise (kind if kind is not errors.RecipeError else UsageError)(message["message"])
+    result = Result.from_json(message["result"]) if message["result"] else None
+    recipe = recipe.model_copy(update={"output_dir": message["folder"]})
+    finding = Finding(message["state"], message["why"], result)
+    return Prepared(stage, recipe, Path(message["folder"]), message["resume"], finding)
+
+
+@contextmanager
+def _claimed(recipe: Recipe, stage: str, resume: str) -> Iterator[Prepared]:
+    """Hold the folder's lock with the recipe frozen in it; a finished run's folder is left as it is."""
+    data = _data_digests(recipe)
+    prepared = look(recipe, stage, resume)  # refuses a folder that is not ours before a lock file is put in it
+    with ExitStack() as stack:
+        stack.enter_context(rundir.locked(prepared.folder))
+        finding = rundir.examine(prepared.folder, stage, recipe, prepared.resume, data)
+        if finding.state == "set_aside":
+            old = rundir.set_aside(prepared.folder)
+            stack.enter_context(rundir.locked(prepared.folder))
+            finding = replace(finding, why=f"the old folder is now {old}: {finding.why}")
+        if finding.state != "done":
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            rundir.freeze(prepared.folder, stage, prepared.recipe, data, __version__, now)
+        yield replace(prepared, finding=finding)
+
+
+def _checked_resume(resume: str) -> str:
+    if resume in ("auto", "never"):
+        return resume
+    path = Path(resume).expanduser().absolute()
+    if not path.is_dir():
+        raise UsageError(f"--resume {resume}: there is no such checkpoint folder. Use auto, never or a folder's path.")
+    return str(path)
+
+
+def _data_digests(recipe: Recipe) -> Mapping[str, str]:
+    settings = getattr(recipe, "data", None)
+    if settings is None:
+        return {}
+    from llmkit.data.sources import digest
+
+    return digest(settings)
+
+
+def _announce(prepared: Prepared, progress: Progress) -> None:
+    finding = prepared.finding
+    if finding.state == "set_aside":
+        progress.note(finding.why)
+    elif finding.state == "continue":
+        last = rundir.last_checkpoint(prepared.folder)
+        progress.note(f"Going on with the run in {prepared.folder}" + (f" ({last.name})" if last else ""))
+
+
+# Running
+
+
+def _execute(prepared: Prepared, ranks: Ranks, progress: Progress, stop: StopFlag) -> Result:
+    tracker: Tracker | None = None
+    try:
+        tracker = _open_tracker(prepared, ranks)
+        seed(prepared.recipe.seed)
+        ctx = RunContext(
+            output_dir=prepared.folder, tracker=tracker, progress=progress, stop=stop, resume=prepared.resume,
+            rank=ranks.rank, world_size=ranks.world_size,
+        )  # fmt: skip
+        result: Result = stages.load(prepared.stage).run(prepared.recipe, ctx)
+    except BaseException as exc:
+        known = translate(exc, prepared.folder)
+        _record_failure(prepared, ranks, tracker, exc, known)
+        if known is None or known is exc:
+            raise
+        raise known from exc
+    result = replace(
+        result, output_dir=prepared.folder, run_id=result.run_id or tracker.run_id, finished_at=_now()
+    )
+    _conclude(result, ranks, tracker)
+    return result
+
+
+def _record_failure(
+    prepared: Prepared, ranks: Ranks, tracker: Tracker | None, exc: BaseException, known: LlmkitError | None
+) -> None:
+    status: Status = "stopped" if isinstance(exc, StoppedEarly) else "failed"
+    interrupted = isinstance(exc, KeyboardInterrupt)
+    if known is not None:
+        text, code = str(known), known.exit_code
+    elif interrupted:
+        text, code = "interrupted", EXIT_INTERRUPTED
+    else:
+        text, code = describe_bug(exc, prepared.folder), EXIT_BUG
+    result = Result(
+        stage=prepared.stage, name=prepared.recipe.name, output_dir=prepared.folder, status=status, error=text,
+        exit_code=code, run_id=tracker.run_id if tracker else None, finished_at=_now(),
+    )  # fmt: skip
+    try:
+        _conclude(result, ranks, tracker)
+    except (OSError, LlmkitError) as second:
+        # A full disk is often the reason for the first error, which must stay the one that is reported.
+        print(f"result.json could not be written: {second}", file=sys.stderr)
+
+
+def _conclude(result: Result, ranks: Ranks, tracker: Tracker | None) -> None:
+    """Write the result and close the tracker, in this order: a server that is slow to answer delays no result."""
+    try:
+        if ranks.is_main:
+            path = result.output_dir / rundir.RESULT
+            rundir.write_atomic(path, result.to_json() + "\n")
+            if tracker is not None:
+                tracker.artifact(path)
+    finally:
+        if tracker is not None:
+            tracker.close(result.status)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def seed(value: int) -> None:
+    """Seed python, and numpy and torch where they are installed."""
+    random.seed(value)
+    if find_spec("numpy") is not None:
+        import numpy
+
+        numpy.random.seed(value % 2**32)
+    if find_spec("torch") is not None:
+        import torch
+
+        torch.manual_seed(value)
+
+
+class NoTracker:
+    """The tracker of every rank but the first."""
+
+    run_id: str | None = None
+
+    def params(self, params: Mapping[str, object]) -> None: ...
+    def tags(self, tags: Mapping[str, str]) -> None: ...
+    def metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
+    def artifact(self, path: Path, folder: str = "") -> None: ...
+    def dataset(self, name: str, digest: str, source: str, context: str, profile: Mapping[str, object]) -> None: ...
+    def model(self, path: Path, example: Mapping[str, object]) -> None: ...
+    def close(self, status: Status) -> None: ...
+
+
+def _open_tracker(prepared: Prepared, ranks: Ranks) -> Tracker:
+    if not ranks.is_main:
+        return NoTracker()
+    from llmkit.tracking import open_tracker
+
+    recipe = prepared.recipe
+    tracker: Tracker = open_tracker(
+        recipe.tracking, output_dir=prepared.folder, name=recipe.name, stage=prepared.stage
+    )
+    tracker.params(flat(recipe))
+    tracker.artifact(prepared.folder / rundir.RECIPE)
+    return tracker
+
+
+def flat(recipe: Recipe) -> dict[str, object]:
+    """Dotted keys and values of the written recipe (in which there are no secrets); empty blocks are left out."""
+    import yaml
+
+    found: dict[str, object] = {}
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            found[prefix] = value
+
+    walk("", yaml.safe_load(dump(recipe)))
+    return found
+
+
+# Signals
+
+
+@contextmanager
+def listening(stop: StopFlag) -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and the first Ctrl-C ask the stage to save and leave; a second Ctrl-C ends it at once.
+
+    Signals reach the main thread only; in any other thread nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        stop.request(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            print("Stopping with a checkpoint. Press Ctrl-C again to leave at once.", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
