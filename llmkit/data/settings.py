@@ -10,6 +10,14 @@ from pydantic import Field
 from llmkit.recipe import Conflict, Settings
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+COLUMN_FIELDS: dict[Format, tuple[str, ...]] = {
+    "messages": ("messages", "tools"),
+    "sharegpt": ("conversations", "from", "value", "system", "tools"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "prompt_completion": ("prompt", "completion", "system", "tools"),
+    "text": ("text",),
+}
+
 Location = Annotated[str, Field(min_length=1)]
 
 
@@ -74,6 +82,21 @@ class DataSettings(Settings):
         if self.streaming and isinstance(self.eval, EvalSplitSettings):
             hint = "name a source of its own in `data.eval`, or set `data.streaming: false`"
             yield Conflict("eval", "a share of a stream cannot be held out", hint, ("streaming",))
+        yield from self._column_conflicts("columns", self.columns, self.format)
+        for key, source in self.sources():
+            if isinstance(source, SourceSettings) and source.columns:
+                yield from self._column_conflicts(f"{key}.columns", source.columns, source.format or self.format)
+
+    def _column_conflicts(self, key: str, columns: dict[str, str], format_name: Format) -> Iterator[Conflict]:
+        fields = COLUMN_FIELDS.get(format_name) or tuple(
+            dict.fromkeys(f for named in COLUMN_FIELDS.values() for f in named)
+        )
+        for field in columns:
+            if field not in fields:
+                of = "a format" if format_name == "auto" else f"the format {format_name}"
+                hint = "columns are written `{field of the format: your column}`"
+                message = f"is not a field of {of}; its fields are {', '.join(fields)}"
+                yield Conflict(f"{key}.{field}", message, hint, ("format",))
 
     def sources(self) -> Iterator[tuple[str, str | SourceSettings]]:
         """Every source with its key, e.g. ``("train.0", "a.jsonl")``."""
