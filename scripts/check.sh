@@ -21,24 +21,17 @@ shell_syntax() {
     for file in scripts/*.sh .ci/run; do bash -n "$file" || return 1; done
 }
 
-docs_current() {
-    local generator
-    for generator in scripts/make_*_reference.py; do
-        [ -e "$generator" ] || { echo "no scripts/make_*_reference.py found"; return 1; }
-        python "$generator" --check || return 1
-    done
-}
-
 if [ "${1:-}" = --fix ]; then
     ruff check -q --fix .
     ruff format -q .
+    python scripts/make_docs.py
 fi
 check "ruff" ruff check .
 check "format" ruff format --check .
 check "types" mypy
 check "layers" lint-imports
 check "shell" shell_syntax
-check "docs" docs_current
+check "docs" python scripts/make_docs.py --check
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'check: failed: %s\n' "${failed[*]}" >&2

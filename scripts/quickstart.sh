@@ -16,4 +16,5 @@ fi
 scripts/setup.sh
 .venv/bin/python scripts/fetch_demo_model.py ${fetch[@]+"${fetch[@]}"}
 .venv/bin/python scripts/make_docs_corpus.py
-exec .venv/bin/llmkit sft recipes/sft/quickstart.yaml "$@"
+.venv/bin/llmkit sft recipes/sft/quickstart.yaml "$@"
+echo "  (llmkit and mlflow are in .venv/bin: \`source .venv/bin/activate\` puts them on your PATH)"
