@@ -246,7 +246,7 @@ def run_llmkit(tmp_path: Path) -> RunLlmkit:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "integration" in item.path.relative_to(REPO / "tests").parts:
+        if item.path.is_relative_to(REPO / "tests" / "integration"):
             item.add_marker(pytest.mark.integration)
 
 

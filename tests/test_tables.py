@@ -85,7 +85,7 @@ def test_every_settings_field_has_a_docstring() -> None:
         seen.add(kind)
         for name, field in kind.model_fields.items():
             if kind.__module__.startswith("llmkit"):
-                assert field.description or name == "enabled", f"{kind.__name__}.{name} has no docstring"
+                assert field.description, f"{kind.__name__}.{name} has no docstring"
             for part in [field.annotation, *get_args(field.annotation)]:
                 if isinstance(part, type) and issubclass(part, Settings):
                     visit(part)
