@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -110,21 +111,30 @@ def save_as_mlflow(folder: Path, target: Path, example: Mapping[str, Any], descr
     import mlflow.transformers
     from huggingface_hub import ModelCard
 
-    logger = logging.getLogger("mlflow.transformers")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    with _quiet("mlflow.transformers", "huggingface_hub.repocard"):  # about a model card on a hub
+        card = ModelCard(_card(folder))
         mlflow.transformers.save_model(
             str(folder.absolute()),
             str(target),
             task="text-generation",
             signature=signature,
             mlflow_model=described,
-            model_card=ModelCard(_card(folder)),
+            model_card=card,
             pip_requirements=_requirements("torch", "transformers", "accelerate", "safetensors"),
         )
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Only errors from these loggers."""
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
     finally:
-        logger.setLevel(before)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _register(client: Any, name: str, model_id: str, run_id: str) -> str:
@@ -136,9 +146,11 @@ def _register(client: Any, name: str, model_id: str, run_id: str) -> str:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     for version in client.search_model_versions(f"run_id = '{run_id}'"):
-        if version.name == name and getattr(version, "model_id", None) == model_id:
+        if version.name == name and model_id in str(version.source):
             return str(version.version)
-    made = client.create_model_version(name, source=f"models:/{model_id}", run_id=run_id, model_id=model_id)
+    made = client.create_model_version(
+        name, source=f"models:/{model_id}", run_id=run_id, model_id=model_id, await_creation_for=0
+    )
     return str(made.version)
 
 
