@@ -113,9 +113,9 @@ def resume_point(found: Prepared) -> str:
 def init(name: str, output: str | None) -> Reply:
     """``llmkit init STAGE``: a commented recipe on stdout, or in a file that does not exist yet."""
     _known(name, stages.STAGES, "stage")
-    from llmkit.schema import commented_recipe
+    from llmkit.schema import init_recipe
 
-    text = commented_recipe(name)
+    text = init_recipe(name)
     if output is None:
         return Reply(text, {"recipe": text})
     path = Path(output)
@@ -132,14 +132,12 @@ def init(name: str, output: str | None) -> Reply:
 
 def export_schema(name: str | None) -> Reply:
     """``llmkit export-schema [STAGE]``: the JSON schema of one stage, or an object of all by name."""
-    from llmkit.schema import stage_schema
+    from llmkit.schema import all_schemas, schema
 
     if name is not None:
         _known(name, stages.STAGES, "stage")
-        schema = stage_schema(name)
-    else:
-        schema = {known: stage_schema(known) for known in stages.STAGES}
-    return Reply(json.dumps(schema, indent=2, ensure_ascii=False), dict(schema))
+    found: dict[str, Any] = schema(name) if name is not None else dict(all_schemas())
+    return Reply(json.dumps(found, indent=2, ensure_ascii=False), found)
 
 
 def merge(run: str, output: str | None) -> Reply:

@@ -1,0 +1,14 @@
+"""The command line with the toy stage in its table: ``python toy_cli.py toy recipe.yaml``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from llmkit.cli import main  # noqa: E402
+from llmkit.stages import STAGES  # noqa: E402
+
+STAGES["toy"] = "toy_stage"
+
+if __name__ == "__main__":
+    sys.exit(main())
