@@ -91,7 +91,9 @@ class PieceEncoder:
                     done[index] = ids[len(before) :]
         for index, text in enumerate(texts):
             if index not in done:
-                raise DataError(f"this tokenizer cannot continue a text at {text[:40]!r}: no anchor stays apart from it.")
+                raise DataError(
+                    f"this tokenizer cannot continue a text at {text[:40]!r}: no anchor stays apart from it."
+                )
         return [done[index] for index in range(len(texts))]
 
     @cached_property

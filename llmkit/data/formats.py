@@ -1,6 +1,6 @@
 """The formats of a row: a table of functions that turn a raw row into a sample, and the detection of the format.
 
-Every function raises ``Unusable`` with a reason for a row that does not fit; ``convert`` makes a ``BadRow`` of it.
+Every function raises ``UnusableError`` with a reason for a row that does not fit; ``convert`` makes a ``BadRow`` of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SHAREGPT_ROLES = {
 }  # fmt: skip
 
 
-class Unusable(ValueError):
+class UnusableError(ValueError):
     """Why a row cannot be used, in words for the report."""
 
 
@@ -41,14 +41,14 @@ class Columns:
         name = self.name(field)
         if name not in self._row:
             present = ", ".join(map(str, list(self._row)[:8])) or "nothing"
-            raise Unusable(f"column {name!r} is missing (the row has: {present})")
+            raise UnusableError(f"column {name!r} is missing (the row has: {present})")
         return self._row[name]
 
     def text(self, field: str) -> str:
         """A string that is not empty."""
         value = _string(self.need(field), self.name(field))
         if not value.strip():
-            raise Unusable(f"{self.name(field)} is empty")
+            raise UnusableError(f"{self.name(field)} is empty")
         return value
 
     def optional(self, field: str) -> str:
@@ -58,14 +58,14 @@ class Columns:
 
 def _string(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise Unusable(f"{where} is {_kind(value)}, not text")
+        raise UnusableError(f"{where} is {_kind(value)}, not text")
     if "\0" in value:
-        raise Unusable(f"{where} contains a NUL character")
+        raise UnusableError(f"{where} contains a NUL character")
     if not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise Unusable(f"{where} contains half a surrogate pair at character {error.start + 1}") from None
+            raise UnusableError(f"{where} contains half a surrogate pair at character {error.start + 1}") from None
     return value
 
 
@@ -77,7 +77,7 @@ def _kind(value: Any) -> str:
 def _deep_strings(value: Any, where: str, depth: int = 0) -> None:
     """Check every string inside tools or arguments, keys included."""
     if depth > 50:
-        raise Unusable(f"{where} is nested too deeply")
+        raise UnusableError(f"{where} is nested too deeply")
     if isinstance(value, str):
         _string(value, where)
     elif isinstance(value, Mapping):
@@ -88,14 +88,14 @@ def _deep_strings(value: Any, where: str, depth: int = 0) -> None:
         for item in value:
             _deep_strings(item, where, depth + 1)
     elif value is not None and not isinstance(value, bool | int | float):
-        raise Unusable(f"{where} holds {_kind(value)}, which JSON has not")
+        raise UnusableError(f"{where} holds {_kind(value)}, which JSON has not")
 
 
 def _loads(value: str, where: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise Unusable(f"{where} is not valid JSON: {error}") from None
+        raise UnusableError(f"{where} is not valid JSON: {error}") from None
 
 
 def _without_nulls(value: Any) -> Any:
@@ -111,7 +111,7 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
     if value is None or value == []:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise Unusable("tools is not a list of objects")
+        raise UnusableError("tools is not a list of objects")
     _deep_strings(value, "tools")
     return [_without_nulls(tool) for tool in value]
 
@@ -126,7 +126,7 @@ def _content(value: Any, where: str) -> str:
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else _kind(part)
-            raise Unusable(f"{where} has a part of type {kind!r}; only text is learned")
+            raise UnusableError(f"{where} has a part of type {kind!r}; only text is learned")
         texts.append(_string(part.get("text"), f"{where} (text part)"))
     return "".join(texts)
 
@@ -134,14 +134,14 @@ def _content(value: Any, where: str) -> str:
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise Unusable(f"{where} has no function name")
+        raise UnusableError(f"{where} has no function name")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = _loads(arguments, f"{where} arguments") if arguments.strip() else {}
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
-        raise Unusable(f"{where} arguments are {_kind(arguments)}, not an object")
+        raise UnusableError(f"{where} arguments are {_kind(arguments)}, not an object")
     _deep_strings([function["name"], arguments], where)
     made: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     if isinstance(call.get("id"), str):
@@ -152,16 +152,16 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 def _message(raw: Any, index: int) -> Message:
     where = f"message {index + 1}"
     if not isinstance(raw, dict):
-        raise Unusable(f"{where} is {_kind(raw)}, not an object with role and content")
+        raise UnusableError(f"{where} is {_kind(raw)}, not an object with role and content")
     role = raw.get("role")
     role = "tool" if role == "function" else role
     if role not in ROLES:
-        raise Unusable(f"{where} has the role {role!r}; known: {', '.join(ROLES)}")
+        raise UnusableError(f"{where} has the role {role!r}; known: {', '.join(ROLES)}")
     message: Message = {"role": role, "content": _content(raw.get("content"), f"{where} content")}
     calls = raw.get("tool_calls")
     if calls:
         if role != "assistant" or not isinstance(calls, list):
-            raise Unusable(f"{where} tool_calls must be a list in an assistant message")
+            raise UnusableError(f"{where} tool_calls must be a list in an assistant message")
         message["tool_calls"] = [_tool_call(call, f"{where} tool call {n + 1}") for n, call in enumerate(calls)]
     for key in ("name", "tool_call_id", "reasoning_content"):
         if raw.get(key) is not None:
@@ -169,10 +169,10 @@ def _message(raw: Any, index: int) -> Message:
     weight = raw.get("weight")
     if weight is not None:
         if isinstance(weight, bool) or weight not in (0, 1):
-            raise Unusable(f"{where} weight is {weight!r}; allowed are 0 (not learned) and 1")
+            raise UnusableError(f"{where} weight is {weight!r}; allowed are 0 (not learned) and 1")
         message["weight"] = weight
     if not message["content"].strip() and role in ("user", "assistant") and "tool_calls" not in message:
-        raise Unusable(f"{where} ({role}) is empty")
+        raise UnusableError(f"{where} ({role}) is empty")
     return message
 
 
@@ -180,15 +180,15 @@ def _conversation(raw: Any, where: str, tools: Any, row_id: str, learn_from: int
     if isinstance(raw, str):
         raw = _loads(raw, where)
     if not isinstance(raw, list):
-        raise Unusable(f"{where} is {_kind(raw)}, not a list of messages")
+        raise UnusableError(f"{where} is {_kind(raw)}, not a list of messages")
     if not raw:
-        raise Unusable(f"{where} is empty")
+        raise UnusableError(f"{where} is empty")
     messages = [_message(message, index) for index, message in enumerate(raw)]
     messages = [m for i, m in enumerate(messages) if m["content"].strip() or m["role"] != "system" or i > 0]
     learn_from -= len(raw) - len(messages)
     learned = [m for m in messages[max(learn_from, 0) :] if m["role"] == "assistant" and m.get("weight", 1)]
     if not learned:
-        raise Unusable(f"{where} has no assistant turn to learn")
+        raise UnusableError(f"{where} has no assistant turn to learn")
     return Conversation(messages, _tools(tools), max(learn_from, 0), row_id)
 
 
@@ -203,7 +203,7 @@ def sharegpt(row: Columns, row_id: str) -> Sample:
     raw = row.need("conversations")
     raw = _loads(raw, name) if isinstance(raw, str) else raw
     if not isinstance(raw, list):
-        raise Unusable(f"{name} is {_kind(raw)}, not a list of turns")
+        raise UnusableError(f"{name} is {_kind(raw)}, not a list of turns")
     turns = [_sharegpt_turn(turn, index, row.name("from"), row.name("value")) for index, turn in enumerate(raw)]
     system = row.optional("system")
     if system.strip() and not (turns and turns[0]["role"] == "system"):
@@ -214,10 +214,10 @@ def sharegpt(row: Columns, row_id: str) -> Sample:
 def _sharegpt_turn(turn: Any, index: int, role_key: str, text_key: str) -> Message:
     where = f"turn {index + 1}"
     if not isinstance(turn, dict) or role_key not in turn:
-        raise Unusable(f"{where} is not an object with {role_key!r} and {text_key!r}")
+        raise UnusableError(f"{where} is not an object with {role_key!r} and {text_key!r}")
     role = turn[role_key]
     if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
-        raise Unusable(f"{where} is from {role!r}; known: {', '.join(_SHAREGPT_ROLES)}")
+        raise UnusableError(f"{where} is from {role!r}; known: {', '.join(_SHAREGPT_ROLES)}")
     text = _string(turn.get(text_key), f"{where} {text_key}")
     if role != "function_call":
         return {"role": _SHAREGPT_ROLES[role], "content": text}
@@ -231,17 +231,17 @@ def alpaca(row: Columns, row_id: str) -> Sample:
     row.need("instruction")
     prompt = "\n\n".join(part for part in (instruction, extra) if part.strip())
     if not prompt:
-        raise Unusable(f"{row.name('instruction')} is empty")
+        raise UnusableError(f"{row.name('instruction')} is empty")
     turns: list[Message] = []
     system = row.optional("system")
     if system.strip():
         turns.append({"role": "system", "content": system})
     history = row.get("history") or []
     if not isinstance(history, list):
-        raise Unusable(f"{row.name('history')} is {_kind(history)}, not a list of pairs")
+        raise UnusableError(f"{row.name('history')} is {_kind(history)}, not a list of pairs")
     for pair in history:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise Unusable(f"{row.name('history')} has an entry that is not a pair of question and answer")
+            raise UnusableError(f"{row.name('history')} has an entry that is not a pair of question and answer")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": row.text("output")}]
     return _conversation(turns, "the row", None, row_id)
@@ -298,7 +298,7 @@ def convert(name: str, columns: Mapping[str, str]) -> Callable[[RawRow], Sample 
     def one(row: RawRow) -> Sample | BadRow:
         try:
             return make(Columns(row.data, columns), row.row_id)
-        except Unusable as reason:
+        except UnusableError as reason:
             return BadRow(row.row_id, str(reason))
 
     return one

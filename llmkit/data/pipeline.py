@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 
 import numpy as np
 
@@ -136,12 +136,12 @@ def _shorten(row: Encoded, longest: int, settings: DataSettings, seq2seq: bool, 
 def split_document(row: Encoded, limit: int) -> list[Encoded]:
     """Consecutive pieces of at most ``limit`` tokens, nothing lost; the last has at least two."""
     size = len(row.input_ids)
-    cuts = list(range(0, size, limit)) + [size]
+    cuts = [*range(0, size, limit), size]
     if cuts[-1] - cuts[-2] == 1:
         cuts[-2] -= 1
     return [
         Encoded(f"{row.row_id}#{number}", row.input_ids[a:b], row.labels[a:b], True)
-        for number, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False), 1)
+        for number, (a, b) in enumerate(pairwise(cuts), 1)
     ]
 
 

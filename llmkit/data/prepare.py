@@ -26,7 +26,7 @@ from llmkit.data.report import SourceReport
 from llmkit.data.rows import Encoded
 from llmkit.data.settings import DataSettings, EvalSplitSettings
 from llmkit.data.sources import Source, digest, eval_sources, train_sources
-from llmkit.data.store import DamagedStore, TokenStore, TokenWriter
+from llmkit.data.store import DamagedStoreError, TokenStore, TokenWriter
 from llmkit.errors import DataError
 
 REPORT = "data_report.json"
@@ -139,9 +139,9 @@ def _from_cache(folder: Path, progress: Progress) -> Made | None:
         train = TokenStore(folder / "train.arrow")
         held_out = TokenStore(folder / "eval.arrow") if report["eval"] else None
         if not (folder / HISTOGRAM).is_file():
-            raise DamagedStore(f"{folder / HISTOGRAM} is missing")
+            raise DamagedStoreError(f"{folder / HISTOGRAM} is missing")
         fits = len(train) == report["train"]["rows"]
-    except (DamagedStore, OSError, ValueError, KeyError, TypeError) as error:
+    except (DamagedStoreError, OSError, ValueError, KeyError, TypeError) as error:
         progress.note(f"the token cache is damaged and made again: {error}")
         return None
     if not fits:

@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any, cast
 
 from llmkit.data.rows import BadRow, RawRow
@@ -55,7 +56,7 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
             fs, inner = filesystem(path)
             raw: IO[bytes] = fs.open(inner, "rb")
         else:
-            raw = open(path, "rb")
+            raw = Path(path).open("rb")  # noqa: SIM115  closed below
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     with raw:

@@ -7,6 +7,7 @@ stop token; blanks after it are in the input and not learned. Labels are never m
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import numpy as np
 
 from llmkit.data.encoder import PieceEncoder
 from llmkit.data.rows import BadRow, Conversation, Encoded, Message, PromptCompletion, Sample, Text
-from llmkit.data.templates import ChatTemplate, NotAPrefix, Turn, template_text
+from llmkit.data.templates import ChatTemplate, NotAPrefixError, Turn, template_text
 from llmkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -84,13 +85,17 @@ class Renderer:
         return digest.hexdigest()
 
     def _probe(self, chat: ChatTemplate) -> None:
-        """Learn from a made-up conversation what ends a turn, so that inference knows it before any row is read."""
+        """Learn from a made-up conversation what ends a turn, so that inference knows it before any row is read.
+
+        A template that this conversation does not suit may suit the rows, and each row is checked again.
+        """
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
             text, turns = chat.turns(chat.with_system(talk), None, last_only=True)
+        except ValueError:
+            return
+        with contextlib.suppress(DataError):
             self._turn_end(text[turns[0].start :])
-        except (ValueError, DataError):
-            return  # rows of another shape may suit the template; each row is checked again
 
     # ---- inference ----
 
@@ -134,7 +139,7 @@ class Renderer:
             return []
         try:
             before, turns = self._chat.turns(messages, tools, last_only=False)
-        except NotAPrefix:
+        except NotAPrefixError:
             return []  # such a template cannot be trained with supervise: all, so there are no tokens to be equal to
         return turns if text.startswith(before) else []
 
@@ -160,7 +165,7 @@ class Renderer:
             row = Conversation(self._chat.with_system(talk, row.system), None, 0, row.row_id)
         try:
             return self._draft_source_target(row) if self.seq2seq else self._draft_chat(row)
-        except NotAPrefix as error:
+        except NotAPrefixError as error:
             raise DataError(self._prefix_message(row, error)) from None
         except ValueError as error:
             return BadRow(row.row_id, str(error))
@@ -306,7 +311,7 @@ class Renderer:
             drift,
         )
 
-    def _prefix_message(self, row: Conversation, error: NotAPrefix) -> str:
+    def _prefix_message(self, row: Conversation, error: NotAPrefixError) -> str:
         at = next(
             (n for n, (a, b) in enumerate(zip(error.shorter, error.longer, strict=False)) if a != b),
             min(len(error.shorter), len(error.longer)),
@@ -364,14 +369,16 @@ class _Shield:
         self._literal = encoder.literal
         self._mark = ""
         self.messages, self.tools = messages, tools
-        if self._literal is not None and self._found(messages, tools):
+        if self._found(messages, tools):
             everything = json.dumps([messages, tools], ensure_ascii=False)
             self._mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything)
             self.messages = [self._broken(message, top=True) for message in messages]
             self.tools = self._broken(tools) if tools else tools
 
     def _found(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> bool:
-        search = self._literal.search if self._literal is not None else lambda text: None
+        if self._literal is None:
+            return False
+        search = self._literal.search
         for message in messages:
             if search(message["content"] or ""):
                 return True

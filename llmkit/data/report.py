@@ -136,7 +136,7 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """Write beside, then rename, so that a reader never sees half a report."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def histogram(path: Path, train: NDArray[np.int64], held_out: NDArray[np.int64] | None, max_length: int) -> None:
@@ -156,4 +156,4 @@ def histogram(path: Path, train: NDArray[np.int64], held_out: NDArray[np.int64] 
     axes.legend()
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     figure.savefig(partial, dpi=110, format="png")
-    os.replace(partial, path)
+    partial.replace(path)

@@ -41,8 +41,8 @@ class Source:
         return (
             _HUB_ID.fullmatch(self.path) is not None
             and not suffix_of(self.path)
-            and not os.path.exists(self.path)
-            and not os.path.isdir(self.path.split("/")[0])
+            and not Path(self.path).exists()
+            and not Path(self.path.split("/")[0]).is_dir()
         )
 
     def files(self) -> list[str]:
@@ -51,12 +51,12 @@ class Source:
             return []
         if is_uri(self.path):
             return self._remote_files()
-        path = os.path.expanduser(self.path)
-        if os.path.isdir(path):
+        path = str(Path(self.path).expanduser())
+        if Path(path).is_dir():
             return self._folder_files(Path(path))
-        if os.path.isfile(path):
+        if Path(path).is_file():
             return [path]
-        found = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
+        found = sorted(name for name in glob.glob(path, recursive=True) if Path(name).is_file())  # noqa: PTH207
         if not found:
             raise DataError(self._missing(path))
         return found
@@ -92,7 +92,7 @@ class Source:
             return f"{self.key}: no file matches {path}"
         folder, name = os.path.split(path)
         try:
-            names = os.listdir(folder or ".")
+            names = [entry.name for entry in Path(folder or ".").iterdir()]
         except OSError:
             return f"{self.key}: {path} does not exist (nor does the folder {folder})."
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
@@ -194,7 +194,7 @@ def digest(settings: DataSettings) -> dict[str, str]:
 
 def _file_digest(path: str, key: str) -> str:
     try:
-        with open(path, "rb") as stream:
+        with Path(path).open("rb") as stream:
             return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{key}: {path} cannot be read: {error.strerror or error}") from None

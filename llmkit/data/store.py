@@ -24,7 +24,7 @@ _META = b"llmkit.tokens"
 _WHOLE = 1 << 28
 
 
-class DamagedStore(Exception):
+class DamagedStoreError(Exception):
     """The file is no complete token store; it has to be made again."""
 
 
@@ -37,7 +37,7 @@ class TokenStore:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises DamagedStore when the file is cut, changed, or of another version; FileNotFoundError without one."""
+        """Raises DamagedStoreError when the file is cut, changed, or of another version; FileNotFoundError without one."""
         self.path = path
         try:
             with pa.memory_map(str(path)) as source:
@@ -46,14 +46,14 @@ class TokenStore:
         except FileNotFoundError:
             raise
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedStore(f"{path}: {' '.join(str(error).split())[:200]}") from None
+            raise DamagedStoreError(f"{path}: {' '.join(str(error).split())[:200]}") from None
         if meta.get("version") != VERSION or meta.get("rows") != batch.num_rows or meta.get("size") is None:
-            raise DamagedStore(f"{path}: its header does not fit its rows")
+            raise DamagedStoreError(f"{path}: its header does not fit its rows")
         self._row_ids: Any = batch.column("row_id")
         self.input_ids, self.offsets = _flat(batch.column("input_ids"))
         self.labels, self.label_offsets = _flat(batch.column("labels"))
         if _checksum(self.offsets, self.label_offsets, self.input_ids, self.labels) != meta["checksum"]:
-            raise DamagedStore(f"{path}: its checksum does not fit its tokens")
+            raise DamagedStoreError(f"{path}: its checksum does not fit its tokens")
         self.tokens: int = len(self.input_ids)
         self.supervised: int = int(meta["supervised"])
         self.lengths: NDArray[np.int64] = np.diff(self.offsets)
@@ -76,7 +76,7 @@ def _flat(column: Any) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     values = column.values.to_numpy(zero_copy_only=True)
     offsets = column.offsets.to_numpy(zero_copy_only=True)
     if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(values) or np.any(np.diff(offsets) < 0):
-        raise DamagedStore("offsets that do not fit the tokens")
+        raise DamagedStoreError("offsets that do not fit the tokens")
     return values, offsets
 
 
@@ -102,8 +102,8 @@ class TokenWriter:
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._ids_path, self._labels_path = folder / f"{name}.ids", folder / f"{name}.labels"
-        self._ids = open(self._ids_path, "wb")  # noqa: SIM115  closed in flush
-        self._labels = open(self._labels_path, "wb")  # noqa: SIM115
+        self._ids = self._ids_path.open("wb")
+        self._labels = self._labels_path.open("wb")
         self.row_ids: list[str] = []
         self.lengths: list[int] = []
         self.label_lengths: list[int] = []
@@ -152,7 +152,7 @@ def _gather(
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Rows of a flat array in another order, through a file: ``(flat, offsets)``."""
     path = base.with_suffix(base.suffix + ".ordered")
-    with open(path, "wb") as stream:
+    with path.open("wb") as stream:
         for start in range(0, len(order), 10_000):
             pieces = [flat[offsets[row] : offsets[row + 1]] for row in order[start : start + 10_000].tolist()]
             stream.write(np.concatenate(pieces).tobytes())
@@ -170,7 +170,7 @@ def _write(
     meta = {
         "version": VERSION,
         "rows": len(row_ids),
-        "size": int(len(ids)),
+        "size": len(ids),
         "supervised": int(np.count_nonzero(labels != -100)),
         "checksum": _checksum(offsets, label_offsets, ids, labels),
     }
@@ -182,12 +182,12 @@ def _write(
     )
     batch = pa.RecordBatch.from_arrays(columns, schema=schema)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as stream:
+    with partial.open("wb") as stream:
         with pa.ipc.new_file(stream, schema) as writer:
             writer.write_batch(batch)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _list(values: NDArray[np.int32], offsets: NDArray[np.int64]) -> Any:

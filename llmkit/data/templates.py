@@ -42,7 +42,7 @@ def template_text(given: str | None, tokenizer: Any) -> str | None:
         ) from None
 
 
-class NotAPrefix(ValueError):
+class NotAPrefixError(ValueError):
     """The prompt of a turn is not the beginning of the rendering that includes the turn."""
 
     def __init__(self, turn: int, shorter: str, longer: str, what: str) -> None:
@@ -93,7 +93,7 @@ class ChatTemplate:
     ) -> tuple[str, list[Turn]]:
         """The text up to the last assistant turn's end, and its assistant turns (or the last one only).
 
-        Raises NotAPrefix, or ValueError when the template refuses the conversation.
+        Raises NotAPrefixError, or ValueError when the template refuses the conversation.
         """
         indexes = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         text = self.render(messages[: indexes[-1] + 1], tools, prompt=False)
@@ -102,8 +102,8 @@ class ChatTemplate:
             prompt = self.render(messages[:index], tools, prompt=True) if index else ""
             until = text if index == indexes[-1] else self.render(messages[: index + 1], tools, prompt=False)
             if not until.startswith(prompt):
-                raise NotAPrefix(index, prompt, until, "the prompt given at inference")
+                raise NotAPrefixError(index, prompt, until, "the prompt given at inference")
             if not text.startswith(until):
-                raise NotAPrefix(index, until, text, "the conversation up to the turn")
+                raise NotAPrefixError(index, until, text, "the conversation up to the turn")
             turns.append(Turn(index, len(prompt), len(until)))
         return text, turns
