@@ -54,7 +54,8 @@ def _parse(text: str) -> Any:
     except RecipeError as error:
         raise _Refused(f"its value is not YAML: {error.problems[0].message}", quote) from None
     if document.problems:
-        raise _Refused(document.problems[0].message, document.problems[0].hint)
+        problem = document.problems[0]
+        raise _Refused(problem.message.replace(f"{COMMAND_LINE}:1:", "character "), problem.hint)
     if isinstance(document.data, str) and " #" in raw and raw.strip()[:1] not in ("'", '"') and "\n" not in raw:
         raise _Refused("` #` begins a comment in YAML", quote)
     return document.data

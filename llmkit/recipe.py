@@ -237,7 +237,14 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML's other styles write NEL and the Unicode line separators as they are, and read them back as line feeds.
+    style = '"' if any(c in "\n\r\x85\u2028\u2029" for c in text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
 add_core_schema(_Dumper)
+_Dumper.add_representer(str, _text)
 
 
 def dump(recipe: Recipe) -> str:

@@ -95,15 +95,16 @@ _NAMES: dict[Any, str] = {
 
 def describe(alternatives: list[Kind]) -> str:
     """What may stand there, in words: ``a whole number of at least 1, or null``."""
-    words = list(dict.fromkeys(_describe_one(kind) for kind in alternatives))
+    plain = [_describe_one(kind) for kind in alternatives if not kind.is_list]
+    lists = [_describe_list(kind, plain) for kind in alternatives if kind.is_list]
+    null = [word for word in plain if word == "null"]
+    words = list(dict.fromkeys([word for word in plain if word != "null"] + lists + null))
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + (", or " if len(words) > 2 else " or ") + words[-1]
 
 
 def _describe_one(kind: Kind) -> str:
     if kind.model:
         return f"a mapping ({', '.join(kind.model.model_fields)})" if len(kind.model.model_fields) < 7 else "a mapping"
-    if kind.is_list:
-        return f"a list of {describe(kinds(typing.get_args(kind.type)[0]))}"
     if kind.is_mapping:
         inner = typing.get_args(kind.type)[1]
         return "a mapping" if inner is Any else f"a mapping of names to {describe(kinds(inner))}"
@@ -111,6 +112,13 @@ def _describe_one(kind: Kind) -> str:
         values = [str(v) for v in typing.get_args(kind.type)]
         return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
     return _NAMES.get(kind.type, str(kind.type)) + _describe_limits(kind.metadata)
+
+
+def _describe_list(kind: Kind, beside: list[str]) -> str:
+    inner = kinds(typing.get_args(kind.type)[0])
+    if len(inner) > 1 and all(_describe_one(item) in beside for item in inner):
+        return "a list of these"
+    return f"a list of {describe(inner)}"
 
 
 def _describe_limits(metadata: tuple[Any, ...]) -> str:
@@ -124,8 +132,6 @@ def _describe_limits(metadata: tuple[Any, ...]) -> str:
             words.append(f"at most {limit.le}")
         elif isinstance(limit, Lt):
             words.append(f"less than {limit.lt}")
-        elif isinstance(limit, MinLen):
-            words.append("at least 1 character")
     return " of " + " and ".join(words) if words else ""
 
 
@@ -188,6 +194,8 @@ class _Finder:
                     continue
         if any(kind.type is Any for kind in alternatives):
             return value
+        if value == "" and any(isinstance(m, MinLen) for kind in alternatives for m in kind.metadata):
+            return self.report(self.document.value_place(path), path, "must not be empty")
         message = f"expected {describe(alternatives)}, got {show(value)}"
         return self.report(self.document.value_place(path), path, message, value_hint(alternatives, value, path))
 

@@ -101,7 +101,8 @@ class _Loader(yaml.SafeLoader):
         self.depth += 1
         try:
             if self.depth > MAX_DEPTH:
-                raise MarkedYAMLError(problem=_TOO_DEEP, problem_mark=self.get_mark())
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+                raise MarkedYAMLError(problem=_TOO_DEEP, problem_mark=mark)
             return super().compose_node(parent, index)
         finally:
             self.depth -= 1
@@ -120,11 +121,12 @@ _EXPLAINED = {
     "expected <block end>": ("this does not line up with its block", "check the indentation, also above"),
     "could not find expected ':'": ("a key without a colon", "write `key: value`"),
     "undefined alias": ("`*name` refers to an anchor that is not defined", "put text that begins with `*` in quotes"),
+    "expected alphabetic or numeric": ("`*` and `&` mean anchors in YAML", "put text that begins with them in quotes"),
     "cannot start any token": ("this character cannot begin a value", "put the text in quotes"),
     "expected ',' or": ("a bracket or brace is not closed, or a comma is missing", ""),
     "expected the node content": ("a bracket or brace is not closed, or a value is missing", ""),
     "unexpected end of stream": ("a quote is not closed", ""),
-    "but found another document": ("a second YAML document (`---`); a recipe is one document", ""),
+    "but found another document": ("a second YAML document (`---`)", "a recipe is one document"),
 }
 
 
