@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
@@ -51,12 +51,33 @@ THINKING = (
 )
 
 
+# How Llama 3 and Qwen cut words: unlike GPT-2, they keep line ends together.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
 def byte_level(
-    specials: Sequence[str], *, bos: str | None, eos: str | None, pad: str | None, template: str | None, adds_bos: bool
+    specials: Sequence[str],
+    *,
+    bos: str | None,
+    eos: str | None,
+    pad: str | None,
+    template: str | None,
+    adds_bos: bool,
+    words: str | None = None,
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer as GPT-2, Llama 3 and Qwen have."""
+    """A byte-level BPE tokenizer as GPT-2 (without ``words``), Llama 3 and Qwen have."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if words:
+        raw.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(words), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=list(specials), initial_alphabet=alphabet)
@@ -76,9 +97,7 @@ def sentencepiece_like(template: str | None, scheme: str = "first") -> PreTraine
     raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
     raw.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme=scheme), decoders.ByteFallback()])
     alphabet = [chr(code) for code in range(32, 127)] + ["\n", "▁"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet
-    )
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet)
     raw.train_from_iterator(CORPUS, trainer)
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
@@ -105,9 +124,7 @@ _LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end
 _GEMMA = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 
 MAKERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "chatml": lambda: byte_level(
-        _IM, bos=None, eos="<|im_end|>", pad="<|im_end|>", template=CHATML, adds_bos=False
-    ),
+    "chatml": lambda: byte_level(_IM, bos=None, eos="<|im_end|>", pad="<|im_end|>", template=CHATML, adds_bos=False),
     "chatml_generation": lambda: byte_level(
         _IM, bos=None, eos="<|im_end|>", pad="<|endoftext|>", template=CHATML_GENERATION, adds_bos=False
     ),
@@ -115,15 +132,19 @@ MAKERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
         _IM, bos=None, eos="<|endoftext|>", pad="<|endoftext|>", template=CHATML, adds_bos=False
     ),
     "llama3": lambda: byte_level(
-        _LLAMA3, bos=_LLAMA3[0], eos=_LLAMA3[1], pad=_LLAMA3[1], template=LLAMA3, adds_bos=True
+        _LLAMA3, bos=_LLAMA3[0], eos=_LLAMA3[1], pad=_LLAMA3[1], template=LLAMA3, adds_bos=True, words=WORDS
     ),
-    "gemma": lambda: byte_level(_GEMMA, bos="<bos>", eos="<eos>", pad="<pad>", template=GEMMA, adds_bos=True),
+    "gemma": lambda: byte_level(
+        _GEMMA, bos="<bos>", eos="<eos>", pad="<pad>", template=GEMMA, adds_bos=True, words=WORDS
+    ),
     "mistral": lambda: sentencepiece_like(MISTRAL),
     "mistral_always": lambda: sentencepiece_like(MISTRAL, "always"),
     "thinking": lambda: byte_level(
-        _IM, bos=None, eos="<|im_end|>", pad="<|endoftext|>", template=THINKING, adds_bos=False
+        _IM, bos=None, eos="<|im_end|>", pad="<|endoftext|>", template=THINKING, adds_bos=False, words=WORDS
     ),
-    "base": lambda: byte_level(["<|endoftext|>"], bos=None, eos="<|endoftext|>", pad=None, template=None, adds_bos=False),
+    "base": lambda: byte_level(
+        ["<|endoftext|>"], bos=None, eos="<|endoftext|>", pad=None, template=None, adds_bos=False
+    ),
     "t5": t5_like,
 }
 CHAT = ["chatml", "chatml_generation", "chatml_base_eos", "llama3", "gemma", "mistral", "mistral_always"]
