@@ -109,7 +109,7 @@ def stage_help(stage: str) -> tuple[str, str]:
     detail = (ast.get_docstring(recipe) if recipe is not None else None) or ""
     title = module.splitlines()[0].split(": ``")[0].rstrip(".") + "."
     example = f"llmkit {stage} recipe.yaml train.learning_rate=1e-5 --output-dir runs/mine"
-    return title, f"{title}\n\n{detail}\n\nExample:\n\n  {example}"
+    return title, f"{title}\n\n{detail}\n\nExample:\n\n  {example}".replace("``", "`")
 
 
 def _stage_command(stage: str) -> Callable[..., Action]:
@@ -226,15 +226,11 @@ def chat(
       llmkit chat runs/mine --prompt "What is a list comprehension?"
     """
 
-    def action() -> Reply:
-        from llmkit.chat import talk
+    from llmkit import commands
 
-        talk(
-            model, prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )
-        return Reply()
-
-    return action
+    return lambda: commands.chat(
+        model, prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
 
 
 def merge(

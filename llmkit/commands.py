@@ -140,6 +140,17 @@ def export_schema(name: str | None) -> Reply:
     return Reply(json.dumps(found, indent=2, ensure_ascii=False), found)
 
 
+def chat(
+    model: str, *, prompt: str | None, system: str | None, max_new_tokens: int, temperature: float, seed: int
+) -> Reply:
+    """``llmkit chat RUN_OR_MODEL``: answers go to stdout as they come."""
+    quiet_libraries()
+    from llmkit.inference.chat import chat_loop
+
+    chat_loop(model, prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    return Reply()
+
+
 def merge(run: str, output: str | None) -> Reply:
     """``llmkit merge RUN``."""
     quiet_libraries()
@@ -153,7 +164,7 @@ def sync(run: str) -> Reply:
     quiet_libraries()
     from llmkit.tracking import sync as send
 
-    return _report(send(_run_folder(run)))
+    return _report(send(_run_folder(run), note=lambda text: print(text, file=sys.stderr, flush=True)))
 
 
 def _run_folder(run: str) -> Path:

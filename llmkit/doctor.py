@@ -239,7 +239,9 @@ def _say(value: Any, text: Callable[[Any], str]) -> str:
 
 def _cpu_text(cpu: Report) -> str:
     kinds = [name for name in ("avx512", "amx") if cpu[name]]
-    return f"{cpu['model']}, {cpu['cores']} cores, {'bf16' if cpu['bf16'] else 'no bf16'}" + "".join(f", {k}" for k in kinds)
+    return f"{cpu['model']}, {cpu['cores']} cores, {'bf16' if cpu['bf16'] else 'no bf16'}" + "".join(
+        f", {k}" for k in kinds
+    )
 
 
 def _memory_text(memory: Report) -> str:

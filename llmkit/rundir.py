@@ -134,9 +134,7 @@ def _compare(
         return Finding("set_aside", f"it was of another recipe ({why}) and had not trained anything")
     changed = _changed(old.data, data)
     if changed and (has_work or done):
-        raise UsageError(
-            f"The data changed since the run in {folder} began: {', '.join(changed)}. {_fixes()}"
-        )
+        raise UsageError(f"The data changed since the run in {folder} began: {', '.join(changed)}. {_fixes()}")
     if done and result is not None:
         if resume not in ("auto", "never"):
             raise UsageError(f"The run in {folder} is finished. To go on from {resume}, give another --output-dir.")

@@ -191,9 +191,7 @@ def _execute(prepared: Prepared, ranks: Ranks, progress: Progress, stop: StopFla
         if known is None or known is exc:
             raise
         raise known from exc
-    result = replace(
-        result, output_dir=prepared.folder, run_id=result.run_id or tracker.run_id, finished_at=_now()
-    )
+    result = replace(result, output_dir=prepared.folder, run_id=result.run_id or tracker.run_id, finished_at=_now())
     _conclude(result, ranks, tracker)
     return result
 
@@ -270,9 +268,7 @@ def _open_tracker(prepared: Prepared, ranks: Ranks) -> Tracker:
     from llmkit.tracking import open_tracker
 
     recipe = prepared.recipe
-    tracker: Tracker = open_tracker(
-        recipe.tracking, output_dir=prepared.folder, name=recipe.name, stage=prepared.stage
-    )
+    tracker: Tracker = open_tracker(recipe.tracking, output_dir=prepared.folder, name=recipe.name, stage=prepared.stage)
     tracker.params(flat(recipe))
     tracker.artifact(prepared.folder / rundir.RECIPE)
     return tracker

@@ -66,7 +66,9 @@ def shorten(text: str) -> str:
 def _next(result: Result) -> str:
     folder = _short(result.output_dir)
     lines = [f"  run folder:  {folder}"]
-    if {"model", "adapter"} & set(result.artifacts) or any((result.output_dir / n).is_dir() for n in ("model", "adapter")):
+    if {"model", "adapter"} & set(result.artifacts) or any(
+        (result.output_dir / n).is_dir() for n in ("model", "adapter")
+    ):
         lines.append(f"  try it:      llmkit chat {shlex.quote(folder)}")
     if result.run_id is not None:
         from llmkit.tracking.links import ui_command

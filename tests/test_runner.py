@@ -150,7 +150,7 @@ def test_a_foreign_folder_is_left_alone(make: Make, tmp_path: Path) -> None:
     for resume in ("auto", "never"):
         with pytest.raises(UsageError, match=r"thesis\.tex"):
             runner.run(make(), "toy", resume)
-    assert os.listdir(tmp_path / "out") == ["thesis.tex"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
 def test_a_file_in_the_place_of_the_folder(make: Make, tmp_path: Path) -> None:
@@ -274,4 +274,4 @@ def test_write_atomic_leaves_the_old_file_on_failure(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_atomic(path, "\ud800")
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["x.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

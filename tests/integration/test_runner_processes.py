@@ -22,7 +22,9 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"name: toy\noutput_dir: {tmp_path}/out\nsteps: 1000\npause: 0.05\ntracking: {{enabled: false}}\n")
+    recipe.write_text(
+        f"name: toy\noutput_dir: {tmp_path}/out\nsteps: 1000\npause: 0.05\ntracking: {{enabled: false}}\n"
+    )
     command = [sys.executable, TOYS / "toy_cli.py", "toy", recipe]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:

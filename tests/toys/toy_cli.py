@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from llmkit.cli import main  # noqa: E402
-from llmkit.stages import STAGES  # noqa: E402
+from llmkit.cli import main
+from llmkit.stages import STAGES
 
 STAGES["toy"] = "toy_stage"
 
