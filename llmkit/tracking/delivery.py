@@ -309,9 +309,8 @@ class Delivery:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         fields, context = dataset_fields(body)
-        with self._translated():
-            tags = [InputTag("mlflow.data.context", context)]
-            self._client.log_inputs(self.state.run_id, [DatasetInput(Dataset(**fields), tags)])
+        tags = [InputTag("mlflow.data.context", context)]
+        self._client.log_inputs(self.state.run_id, [DatasetInput(Dataset(**fields), tags)])
 
     def _send_artifact(self, body: Mapping[str, Any]) -> None:
         path = self.folder / body["path"]
@@ -319,7 +318,7 @@ class Delivery:
         for file in files:
             inside = file.parent.relative_to(path.parent).as_posix() if path.is_dir() else ""
             target = "/".join(part for part in (body.get("folder", ""), inside) if part not in ("", "."))
-            with self._patience(30.0 + file.stat().st_size / _SLOWEST_BYTES_PER_S), self._translated():
+            with self._patience(30.0 + file.stat().st_size / _SLOWEST_BYTES_PER_S):
                 self._client.log_artifact(self.state.run_id, str(file), target or None)
             self._moved()
 
@@ -329,7 +328,7 @@ class Delivery:
         path = self.folder / event.body["path"]
         size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
         known = self.state.models.setdefault(str(event.start), {})
-        with self._patience(120.0 + 3 * size / _SLOWEST_BYTES_PER_S), self._translated():
+        with self._patience(120.0 + 3 * size / _SLOWEST_BYTES_PER_S):
             log_model(
                 self._client,
                 self.state,
@@ -345,7 +344,8 @@ class Delivery:
     def _optional(self, event: Event, what: str, send: Callable[[], None]) -> None:
         """A failure that the server or disk insists on is noted and kept, so that it holds up nothing behind it."""
         try:
-            send()
+            with self._translated():
+                send()
         except Rejected as error:
             self._still_there()
             self._failed(event.start, what, error)

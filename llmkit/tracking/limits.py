@@ -28,7 +28,7 @@ _NOT_ALLOWED = re.compile(r"[^/\w.\- :]")
 def clean_key(key: str) -> str:
     """A name that MLflow takes; one that had to change ends in a short hash, so that two never become one."""
     clean = "/".join(part for part in _NOT_ALLOWED.sub("_", key).split("/") if part not in ("", ".", ".."))
-    if clean == key and len(key) <= KEY:
+    if key and clean == key and len(key) <= KEY:
         return key
     mark = hashlib.sha256(key.encode()).hexdigest()[:8]
     return f"{clean[: KEY - 9] or 'unnamed'}~{mark}".replace("~", "-")

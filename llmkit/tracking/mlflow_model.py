@@ -95,7 +95,8 @@ def save_as_mlflow(folder: Path, target: Path, example: Mapping[str, Any], descr
     """Write ``target``, an MLflow model made from a Hugging Face folder; ``example`` gives its signature."""
     from mlflow.models import infer_signature
 
-    signature = infer_signature(*example_texts(example))
+    given, answer = example_texts(example)
+    signature = infer_signature(given, answer)
     if _is_adapter(folder) or _task(folder) != "text-generation":
         import mlflow.pyfunc
 
@@ -104,6 +105,7 @@ def save_as_mlflow(folder: Path, target: Path, example: Mapping[str, Any], descr
             loader_module=SERVING,
             data_path=str(folder),
             signature=signature,
+            input_example=given,
             mlflow_model=described,
             pip_requirements=_requirements("llmkit", "torch", "transformers", "peft", "safetensors"),
         )
@@ -118,6 +120,7 @@ def save_as_mlflow(folder: Path, target: Path, example: Mapping[str, Any], descr
             str(target),
             task="text-generation",
             signature=signature,
+            input_example=given,
             mlflow_model=described,
             model_card=card,
             pip_requirements=_requirements("torch", "transformers", "accelerate", "safetensors"),

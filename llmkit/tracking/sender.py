@@ -18,6 +18,7 @@ LONGEST_WAIT_S = 60.0
 CLOSE_S = 30.0
 CLOSE_STOPPED_S = 10.0
 CLOSE_AWAY_S = 5.0
+_LAST_JOIN_S = 1.0
 _SLOWEST_BYTES_PER_S = 1e6
 
 
@@ -78,6 +79,7 @@ class Sender(threading.Thread):
                 break
         self._abandoned = True
         self._wake.set()
+        self.join(_LAST_JOIN_S)
         return self.drained
 
     def _take_lock(self) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from llmkit.tracking.state import SendLock, State, load_state
 from llmkit.tracking.target import target_of_folder
 
 _log = logging.getLogger("llmkit.tracking")
+_OWN_THREAD_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def sync(run_dir: Path, uri: str | None = None, *, note: Callable[[str], None] |
     if not (folder / LOG_NAME).is_file():
         raise UsageError(f"{run_dir} is no run of llmkit: it has no {LOG_NAME}. Name the run's output folder.")
     lock = SendLock(folder)
-    if not lock.acquire():
+    if not _acquire(lock):
         raise UsageError(
             f"process {lock.holder()} is still sending {run_dir} to MLflow; it needs no sync while it runs."
         )
@@ -47,6 +50,16 @@ def sync(run_dir: Path, uri: str | None = None, *, note: Callable[[str], None] |
         return _sync(folder, uri, note or _log.warning)
     finally:
         lock.release()
+
+
+def _acquire(lock: SendLock) -> bool:
+    """Take the lock; a thread of this very process that was told to stop gets a moment to let go of it."""
+    end = time.monotonic() + _OWN_THREAD_S
+    while not lock.acquire():
+        if lock.holder() != str(os.getpid()) or time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _sync(folder: Path, uri: str | None, note: Callable[[str], None]) -> SyncReport:
