@@ -51,10 +51,11 @@ def attach(model: PreTrainedModel, settings: AdapterSettings, *, seed: int | Non
     """
     targets = _checked_targets(model, settings.target_modules)
     saved, tied = _checked_saved(model, settings.modules_to_save)
+    alpha = float(settings.lora_alpha)
     config = LoraConfig(
         task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
         r=settings.r,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # peft takes a float too
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]  # peft takes both
         lora_dropout=settings.lora_dropout,
         target_modules=targets,
         modules_to_save=saved or None,
@@ -152,7 +153,7 @@ def merge_weights(peft_model: PeftModel) -> PreTrainedModel:
         module.merge(safe_merge=True)
         base.weight.data = base.weight.data.to(before)
     kind = _common_type(peft_model)
-    merged: Any = peft_model.merge_and_unload()  # type: ignore[operator]
+    merged: Any = peft_model.merge_and_unload()
     merged.to(kind)
     merged.tie_weights()
     return merged  # type: ignore[no-any-return]
