@@ -72,8 +72,8 @@ def _end(how: str, ctx: RunContext) -> None:
 
 def _last(ctx: RunContext) -> int:
     folder = Path(ctx.resume) if ctx.resume not in ("auto", "never") else None
-    found = [folder] if folder else sorted((ctx.output_dir / "checkpoints").glob("checkpoint-*"))
-    return int((found[-1] / "step").read_text()) if found else 0
+    found = [folder] if folder else list((ctx.output_dir / "checkpoints").glob("checkpoint-*"))
+    return max((int((f / "step").read_text()) for f in found), default=0)
 
 
 def _save(ctx: RunContext, step: int) -> None:
