@@ -124,7 +124,7 @@ def read_jsonl(path: str) -> Rows:
                 continue
             row_id = f"{path}:{number}"
             try:
-                yield _as_row(row_id, parse_json(_decode(raw)))
+                yield _as_row(row_id, parse_json(_decode(raw.rstrip(b"\r\n"))))
             except ValueError as error:
                 yield BadRow(row_id, str(error))
 

@@ -102,8 +102,8 @@ class TokenWriter:
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._ids_path, self._labels_path = folder / f"{name}.ids", folder / f"{name}.labels"
-        self._ids = self._ids_path.open("wb")
-        self._labels = self._labels_path.open("wb")
+        self._ids_path.write_bytes(b"")
+        self._labels_path.write_bytes(b"")
         self.row_ids: list[str] = []
         self.lengths: list[int] = []
         self.label_lengths: list[int] = []
@@ -116,18 +116,14 @@ class TokenWriter:
         self.row_ids += [row.row_id for row in rows]
         self.lengths += [len(row.input_ids) for row in rows]
         self.label_lengths += [len(row.labels) for row in rows]
-        self._ids.write(np.concatenate([row.input_ids for row in rows]).tobytes())
-        self._labels.write(np.concatenate([row.labels for row in rows]).tobytes())
-
-    def flush(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Flat ids and labels of all rows so far, mapped; no row can be added afterwards."""
-        self._ids.close()
-        self._labels.close()
-        return _mapped(self._ids_path), _mapped(self._labels_path)
+        with self._ids_path.open("ab") as stream:
+            stream.write(np.concatenate([row.input_ids for row in rows]).data)
+        with self._labels_path.open("ab") as stream:
+            stream.write(np.concatenate([row.labels for row in rows]).data)
 
     def finish(self, path: Path, order: NDArray[np.int64] | None = None) -> None:
         """Write the Arrow file: the rows by number in ``order`` (repeats allowed), or all of them as they came."""
-        ids, labels = self.flush()
+        ids, labels = _mapped(self._ids_path), _mapped(self._labels_path)
         offsets, label_offsets = _offsets(self.lengths), _offsets(self.label_lengths)
         row_ids = self.row_ids
         if order is not None:
