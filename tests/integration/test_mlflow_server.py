@@ -213,6 +213,20 @@ def test_an_adapter_is_stored_and_answers(mlflow_server: Any, tmp_path: Path, ti
     assert isinstance(loaded.predict(["hello"])[0], str)
 
 
+def test_a_seq2seq_model_is_stored_and_answers(mlflow_server: Any, tmp_path: Path, tiny_t5: Path) -> None:
+    import mlflow
+
+    tracker = open_tracker(settings(mlflow_server.uri, register="s2s"), output_dir=tmp_path, name="t", stage="sft")
+    tracker.model(tiny_t5, {"prompt": "hello", "answer": "world"})
+    tracker.close("done")
+    mlflow.set_tracking_uri(mlflow_server.uri)
+    try:
+        loaded = mlflow.pyfunc.load_model("models:/s2s/1")
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert isinstance(loaded.predict("hello")[0], str)
+
+
 def test_killed_in_the_middle_stopped_and_restarted(own_mlflow_server: Any, tmp_path: Path) -> None:
     """Down at the start, killed in the middle, stopped (accepts, never answers): nothing lost, nothing twice."""
     server, run = own_mlflow_server, tmp_path / "run"
