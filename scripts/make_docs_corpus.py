@@ -173,6 +173,8 @@ def is_prose(paragraph: str) -> bool:
     first = paragraph.lstrip()
     indented = any(line[:1].isspace() for line in paragraph.splitlines())  # code, or a list of arguments
     ruled = re.search(r"(^|\n)\s*([-=*~]{3,}|\||>>>|[-*•] |\d+\. |\w+ -- |@|:param|\$)", paragraph)
+    if re.match(r"\w+ = |\w+\(.*\)$", first):  # grammar, such as "operator = Add | Sub", or a bare call
+        return False
     return bool(first) and not indented and not ruled and not first.startswith(("Copyright", "Written by", "Author"))
 
 
