@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from llmkit.errors import Problem, RecipeError
-from llmkit.secrets import mask
 from llmkit.yaml_positions import MAX_DEPTH, Document, KeyPath, Place, read
 
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -39,8 +38,8 @@ def apply(document: Document, overrides: Overrides) -> list[Problem]:
                 value = _parse(str(text))
             document.data = _set(document, _split(key), value, place)
         except _Refused as error:
-            shown = mask(key) if "=" in str(text) or place.source != COMMAND_LINE else ""
-            problems.append(Problem(str(place), shown, mask(error.message), mask(error.hint)))
+            shown = key if "=" in str(text) or place.source != COMMAND_LINE else ""
+            problems.append(Problem(str(place), shown, error.message, error.hint))
     return problems
 
 

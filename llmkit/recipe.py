@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 from llmkit import overrides as override_keys
 from llmkit.errors import Problem, RecipeError
 from llmkit.overrides import Overrides
-from llmkit.recipe_errors import Conflict, find_problems, remaining
+from llmkit.recipe_errors import Conflict, find_problems, remaining, tidy
 from llmkit.secrets import find, mask, names_secret
 from llmkit.yaml_positions import MAX_DEPTH, Document, Place, add_core_schema, read_file
 
@@ -195,7 +195,7 @@ def parse(data: Mapping[str, Any], recipe_type: type[R], overrides: Overrides = 
 
 
 def _build(document: Document, recipe_type: type[R], overrides: Overrides) -> R:
-    where = str(document.root)
+    where, source = str(document.root), document.root.source
     if document.data is None:
         raise RecipeError([Problem(where, "", "the recipe is empty", "`llmkit init STAGE` writes one to start from")])
     if not isinstance(document.data, dict):
@@ -211,7 +211,7 @@ def _build(document: Document, recipe_type: type[R], overrides: Overrides) -> R:
     except ValidationError as error:
         problems += find_problems(recipe_type, document) or remaining(error, document)
     if problems := problems + refused:
-        raise RecipeError(problems)
+        raise RecipeError(tidy(problems, source))
     return recipe
 
 

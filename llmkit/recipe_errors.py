@@ -22,6 +22,7 @@ from llmkit.recipe_hints import close, key_hint, value_hint
 from llmkit.secrets import mask
 from llmkit.yaml_positions import Document, KeyPath, Place, dotted
 
+MOST_PROBLEMS = 100
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
@@ -171,7 +172,7 @@ class _Finder:
 
     def report(self, place: Place, path: KeyPath, message: str, hint: str = "") -> _Bad:
         self.bad.add(path)
-        self.found.append((place, Problem(str(place), dotted(path), mask(message), mask(hint))))
+        self.found.append((place, Problem(str(place), dotted(path), message, hint)))
         return _BAD
 
     def value(self, alternatives: list[Kind], value: Any, path: KeyPath) -> Any:
@@ -222,7 +223,7 @@ class _Finder:
         return model.model_construct(**made)
 
     def unknown(self, model: type[BaseModel], key: str, path: KeyPath, suggested: set[str]) -> None:
-        hint = key_hint(self.root, model, key, path)
+        hint = key_hint(self.root, model, key, path) if len(self.found) <= MOST_PROBLEMS else ""
         suggested.update(name for name in model.model_fields if f"`{name}`" in hint)
         message = "unknown key"
         if not hint:
@@ -246,8 +247,7 @@ class _Finder:
             keys = [(*path, *_split(key)) for key in (conflict.key, *conflict.also)]
             if not any(bad == key[: len(bad)] or key == bad[: len(key)] for bad in self.bad for key in keys):
                 place = self.document.value_place(keys[0])
-                problem = Problem(str(place), dotted(keys[0]), mask(conflict.message), mask(conflict.hint))
-                self.found.append((place, problem))
+                self.found.append((place, Problem(str(place), dotted(keys[0]), conflict.message, conflict.hint)))
 
 
 def find_problems(recipe_type: type[BaseModel], document: Document) -> list[Problem]:
@@ -260,8 +260,24 @@ def find_problems(recipe_type: type[BaseModel], document: Document) -> list[Prob
 
 def remaining(error: ValidationError, document: Document) -> list[Problem]:
     """pydantic's own messages, for what the walk cannot explain."""
-    found = [(tuple(e["loc"]), mask(e["msg"])) for e in error.errors()]
+    found = [(tuple(e["loc"]), e["msg"]) for e in error.errors()]
     return [Problem(str(document.value_place(path)), dotted(path), message) for path, message in found]
+
+
+def tidy(problems: list[Problem], source: str) -> list[Problem]:
+    """Problems fit for a terminal: no secret, control character or endless key in them, and not thousands of them."""
+    shown = [
+        Problem(p.where, _printable(p.key, 120), _printable(p.message, 4000), _printable(p.hint, 400))
+        for p in problems[:MOST_PROBLEMS]
+    ]
+    if len(problems) > MOST_PROBLEMS:
+        shown.append(Problem(source, "", f"and {len(problems) - MOST_PROBLEMS:,} more mistakes"))
+    return shown
+
+
+def _printable(text: str, most: int) -> str:
+    clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in mask(text))
+    return clean if len(clean) <= most else clean[: most - 3] + "..."
 
 
 def _split(key: str) -> KeyPath:

@@ -443,7 +443,9 @@ def test_foreign_keys_named_in_the_issue_are_there() -> None:
 
 def test_every_foreign_key_gets_its_advice_at_the_top_level() -> None:
     own = {key for _, key in keys_of(lora.Recipe)}
-    found = of_data(SMALL | dict.fromkeys(FOREIGN_KEYS, 1))
+    keys = list(FOREIGN_KEYS)
+    parts = [keys[at : at + 50] for at in range(0, len(keys), 50)]
+    found = [line for part in parts for line in of_data(SMALL | dict.fromkeys(part, 1))]
     assert len(found) == len(FOREIGN_KEYS)
     for line, key in zip(found, FOREIGN_KEYS, strict=True):
         target = FOREIGN_KEYS[key]
@@ -602,6 +604,22 @@ def test_an_unreadable_file_is_one_message(write: Callable[[str], str], monkeypa
 
     monkeypatch.setattr(Path, "open", refuse)  # the tests may run as root, whom no file mode keeps out
     assert mistakes(path) == ["r.yaml: cannot be read: Permission denied"]
+
+
+def test_thousands_of_mistakes_are_a_hundred_and_a_count(write: Callable[[str], str]) -> None:
+    began = time.perf_counter()
+    found = mistakes(write("".join(f"trian{i}: 1\n" for i in range(15_000))))
+    assert len(found) == 101
+    assert found[-1] == "r.yaml: and 14,903 more mistakes"
+    assert time.perf_counter() - began < 10
+
+
+def test_keys_in_messages_are_printable_and_short(write: Callable[[str], str]) -> None:
+    found = mistakes(write('"\\e[31m\\n": 1\n' + f"{'k' * 500}: 1\n{'hf_' + 'a' * 30}: 1\n" + "name: a\n"))
+    text = "\n".join(found)
+    assert r"r.yaml:1:1: \x1b[31m\n: unknown key" in text
+    assert f"r.yaml:2:1: {'k' * 117}...: unknown key" in text
+    assert "r.yaml:3:1: ***: unknown key" in text
 
 
 def test_python_data_that_is_no_recipe() -> None:
