@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from llmkit.cli import main
 from llmkit.recipe import dump, load_recipe
 from llmkit.schema import recipe_type
 from llmkit.stages import STAGES
@@ -70,6 +71,19 @@ def _same(written: dict[str, Any], default: dict[str, Any], prefix: str = "") ->
         elif key in default and value == other:
             found.append(prefix + key)
     return found
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_a_dry_run_resolves_it(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([path.parent.name, str(path), "--dry-run"]) == 0
+    recipe = load_recipe(path, recipe_type(path.parent.name))
+    said = capfd.readouterr().out
+    assert f"name: {recipe.name}" in said
+    assert "warmup_ratio: 0.03" in said, "a default is not written out"
+    assert list(tmp_path.iterdir()) == [], "a dry run leaves nothing behind"
 
 
 def test_no_recipe_names_a_machine_or_holds_a_secret() -> None:
