@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,7 +155,9 @@ def merge_weights(peft_model: PeftModel) -> PreTrainedModel:
         module.merge(safe_merge=True)
         base.weight.data = base.weight.data.to(before)
     kind = _common_type(peft_model)
-    merged: Any = peft_model.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        merged: Any = peft_model.merge_and_unload()
     merged.to(kind)
     merged.tie_weights()
     return merged  # type: ignore[no-any-return]
@@ -239,8 +243,9 @@ def _there_are(names: list[str]) -> str:
 
 def _keep_initial(peft_model: PeftModel) -> None:
     """PiSSA and OLoRA change the base; with the first adapter kept, the export can be one on the unchanged base."""
-    folder = tempfile.TemporaryDirectory(prefix="llmkit-adapter-")
-    peft_model.save_pretrained(folder.name, save_embedding_layers=False)
+    folder = tempfile.mkdtemp(prefix="llmkit-adapter-")
+    weakref.finalize(peft_model, shutil.rmtree, folder, ignore_errors=True)
+    peft_model.save_pretrained(folder, save_embedding_layers=False)
     peft_model.__dict__["_llmkit_initial_adapter"] = folder
 
 

@@ -86,7 +86,7 @@ def save_adapter(
         peft_model.save_pretrained(
             str(work),
             save_embedding_layers=grown,
-            path_initial_model_for_weight_conversion=initial.name if initial else None,
+            path_initial_model_for_weight_conversion=initial,
         )
         (work / "README.md").unlink(missing_ok=True)
         _save_tokenizer(tokenizer, work, chat_template)
