@@ -282,6 +282,11 @@ FORMATS: dict[str, FormatSpec] = {
 }
 
 
+def shorten(reason: str) -> str:
+    """A reason of at most 300 characters, whatever a row put into it."""
+    return reason if len(reason) <= 300 else f"{reason[:200]} … {reason[-80:]}"
+
+
 def check_columns(name: str, columns: Mapping[str, str], key: str) -> None:
     """Raises DataError for a field of ``data.columns`` that the format does not have."""
     spec = FORMATS[name]
@@ -299,7 +304,7 @@ def convert(name: str, columns: Mapping[str, str]) -> Callable[[RawRow], Sample 
         try:
             return make(Columns(row.data, columns), row.row_id)
         except UnusableError as reason:
-            return BadRow(row.row_id, str(reason))
+            return BadRow(row.row_id, shorten(str(reason)))
 
     return one
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llmkit.data.encoder import PieceEncoder
+from llmkit.data.formats import shorten
 from llmkit.data.rows import BadRow, Conversation, Encoded, Message, PromptCompletion, Sample, Text
 from llmkit.data.templates import ChatTemplate, NotAPrefixError, Turn, template_text
 from llmkit.errors import DataError
@@ -168,7 +169,7 @@ class Renderer:
         except NotAPrefixError as error:
             raise DataError(self._prefix_message(row, error)) from None
         except ValueError as error:
-            return BadRow(row.row_id, str(error))
+            return BadRow(row.row_id, shorten(str(error)))
 
     def _draft_text(self, row: Text) -> _Draft:
         if self.seq2seq:
