@@ -1,0 +1,83 @@
+"""Speed and memory of a training run: tokens per second three ways, MFU, peak memory."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from llmkit.training.batching import Batch
+
+
+@dataclass
+class Meter:
+    """Counts this process's work; multiplied by ``world_size`` for the run's rate.
+
+    ``flops_per_token`` (forward and backward) and ``peak_flops`` (FLOP/s) give the model FLOPs utilisation of PaLM,
+    appendix B (arXiv 2204.02311); without a known peak there is none.
+    """
+
+    world_size: int = 1
+    flops_per_token: float = 0.0
+    peak_flops: float | None = None
+    tokens: int = 0
+    positions: int = 0
+    supervised: int = 0
+    seconds: float = 0.0
+    _started: float | None = field(default=None, repr=False)
+    _mark: tuple[float, int, int, int] = (0.0, 0, 0, 0)
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """The clock stands still in evaluation and saving."""
+        if self._started is not None:
+            self.seconds += time.perf_counter() - self._started
+            self._started = None
+
+    def add(self, batch: Batch) -> None:
+        self.tokens += batch.tokens
+        self.positions += batch.positions
+        self.supervised += batch.supervised
+
+    @property
+    def elapsed(self) -> float:
+        return self.seconds + (time.perf_counter() - self._started if self._started is not None else 0.0)
+
+    def since_last(self) -> dict[str, float]:
+        """Rates since the last call."""
+        now = (self.elapsed, self.positions, self.tokens, self.supervised)
+        seconds, *counts = (a - b for a, b in zip(now, self._mark, strict=True))
+        self._mark = now
+        return self._rates(seconds, *counts)
+
+    def total(self) -> dict[str, float]:
+        """Rates of the whole run (since its start or resumption)."""
+        return self._rates(self.elapsed, self.positions, self.tokens, self.supervised)
+
+    def _rates(self, seconds: float, positions: float, tokens: float, supervised: float) -> dict[str, float]:
+        if seconds <= 0:
+            return {}
+        scale = self.world_size / seconds
+        rates = {
+            "tokens_per_second": positions * scale,
+            "tokens_per_second_non_padding": tokens * scale,
+            "tokens_per_second_supervised": supervised * scale,
+        }
+        if self.peak_flops:
+            rates["mfu"] = tokens / seconds * self.flops_per_token / self.peak_flops
+        return rates
+
+
+def peak_memory() -> dict[str, float]:
+    """Highest resident memory of this process and, on a GPU, of the allocator; bytes."""
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"peak_memory_host_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+    if torch.cuda.is_available():
+        found["peak_memory_device_bytes"] = float(torch.cuda.max_memory_allocated())
+    return found

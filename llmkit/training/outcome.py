@@ -1,0 +1,159 @@
+"""What a training run shows for itself: answers before and after, curves, and a model that was opened again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from llmkit.context import RunContext
+from llmkit.data.render import Renderer
+from llmkit.data.store import TokenStore
+from llmkit.errors import StoppedEarly
+from llmkit.inference.generate import Generator
+from llmkit.modeling.export import save_adapter, save_model, verify
+from llmkit.modeling.load import count_parameters, load_config
+from llmkit.modeling.locate import describe_base, find_folder, model_digest
+from llmkit.modeling.probe import dtype_name, take_probe
+from llmkit.training.plots import loss_curves
+from llmkit.training.settings import TrainingRecipe
+
+if TYPE_CHECKING:
+    from llmkit.training.trainer import LlmkitTrainer
+
+BEFORE = "before.json"
+CURVES = "loss.png"
+ANSWER_TOKENS = 96
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Held-out rows as prompts: token ids for the model, ``prompt`` and ``reference`` texts for the reader."""
+
+    ids: list[list[int]] = field(default_factory=list)
+    shown: list[dict[str, str]] = field(default_factory=list)
+
+
+def sample_prompts(store: TokenStore | None, tokenizer: PreTrainedTokenizerBase, count: int) -> Prompts:
+    """The first ``count`` rows, up to where the first thing to learn begins; for plain text, its first half."""
+    prompts = Prompts()
+    for index in range(min(count, len(store)) if store is not None else 0):
+        assert store is not None
+        ids, labels = store.row(index)
+        learned = np.flatnonzero(labels != -100)
+        seq2seq = len(labels) != len(ids)
+        cut = len(ids) if seq2seq else int(learned[0]) if learned[0] else max(1, len(ids) // 2)
+        answer = labels[labels != -100] if seq2seq or learned[0] else ids[cut:]
+        prompts.ids.append([int(i) for i in ids[:cut]])
+        shown = (str(tokenizer.decode(part, skip_special_tokens=True)).strip() for part in (ids[:cut], answer))
+        prompts.shown.append(dict(zip(("prompt", "reference"), shown, strict=True)))
+    return prompts
+
+
+def answers(
+    ctx: RunContext, model: Any, tokenizer: PreTrainedTokenizerBase, renderer: Renderer, prompts: Prompts
+) -> list[str]:
+    """The model's own, most likely answers; on the main rank only."""
+    if not ctx.is_main or not prompts.ids:
+        return [""] * len(prompts.ids)
+    generator = Generator(model, tokenizer, renderer)
+    found = []
+    with ctx.progress.task("answering samples", len(prompts.ids), "prompts") as task:
+        for ids in prompts.ids:
+            if ctx.stop.requested and ctx.world_size == 1:
+                raise StoppedEarly(f"Stopped by {ctx.stop.reason}. The same command goes on from here.")
+            found.append(generator.answer(ids, max_new_tokens=ANSWER_TOKENS))
+            task.advance()
+    return found
+
+
+@dataclass
+class Before:
+    """What the model was before the first step, kept in the run folder: a resumed run does not ask a trained model."""
+
+    path: Path
+    answers: list[str]
+    held_out_loss: dict[str, float] | None = None
+
+    @classmethod
+    def of(
+        cls, ctx: RunContext, model: Any, tokenizer: PreTrainedTokenizerBase, renderer: Renderer, prompts: Prompts
+    ) -> Before:
+        path = ctx.output_dir / BEFORE
+        if path.exists():
+            return cls(path, **json.loads(path.read_text(encoding="utf-8")))
+        return cls(path, answers(ctx, model, tokenizer, renderer, prompts))
+
+    def held_out(self, trainer: LlmkitTrainer) -> dict[str, float]:
+        """The held-out loss of the untrained model; the first start of a run measures and keeps it."""
+        if self.held_out_loss is None:
+            self.held_out_loss = trainer.held_out_loss()
+            if trainer.ctx.is_main:
+                trainer.ctx.tracker.metrics(self.held_out_loss, 0)
+                kept = {key: value for key, value in asdict(self).items() if key != "path"}
+                partial = self.path.with_suffix(".partial")
+                partial.write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
+                partial.replace(self.path)
+        return self.held_out_loss
+
+
+def describe_inputs(recipe: TrainingRecipe, ctx: RunContext, model: Any, report: dict[str, Any]) -> None:
+    """Model and data of the run, for the tracker."""
+    if not ctx.is_main:
+        return
+    count = count_parameters(model)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    tags = {"device": device, "processes": str(ctx.world_size), "model.dtype": dtype_name(model)}
+    if recipe.model.init == "pretrained":
+        tags["model.digest"] = model_digest(find_folder(recipe.model.name_or_path, recipe.model.revision))
+    ctx.tracker.tags(tags | {"model.parameters": str(count.all), "model.trainable": str(count.trainable)})
+    for name, digest in report.get("digests", {}).items():
+        ctx.tracker.dataset(Path(name).name, digest, name, "train", report.get("train", {}))
+    for file in ("data_report.json", "token_lengths.png"):
+        if (ctx.output_dir / file).exists():
+            ctx.tracker.artifact(ctx.output_dir / file)
+
+
+def export(
+    recipe: TrainingRecipe,
+    ctx: RunContext,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
+    adapter: bool,
+) -> Path:
+    """Save the model (or the adapter) and open it again in a fresh process. Raises GateError when it is not the same."""
+    folder = ctx.output_dir / ("adapter" if adapter else "model")
+    if ctx.is_main:
+        ctx.progress.note(f"Saving {folder} and opening it again")
+        probe = take_probe(model, tokenizer)
+        kept: dict[str, Any] = {"stop_ids": renderer.stop_ids, "chat_template": renderer.chat_template}
+        if adapter:
+            rows = int(load_config(recipe.model).get_text_config().vocab_size)
+            save_adapter(
+                model, tokenizer, folder, describe_base(recipe.model, rows=rows, dtype=dtype_name(model)), **kept
+            )
+        else:
+            save_model(model, tokenizer, folder, **kept)
+        verify(folder, probe)
+        tracking = recipe.tracking
+        if tracking.log_model or tracking.register:
+            ctx.tracker.model(folder, {"prompt": "Hello"})
+    if ctx.world_size > 1:
+        torch.distributed.barrier()
+    return folder
+
+
+def show_curves(recipe: TrainingRecipe, ctx: RunContext, trainer: LlmkitTrainer) -> dict[str, str]:
+    """The loss curves as an artifact of the run."""
+    history: Sequence[dict[str, Any]] = trainer.state.log_history
+    if not ctx.is_main or not history:
+        return {}
+    ctx.tracker.artifact(loss_curves(history, ctx.output_dir / CURVES, title=recipe.name))
+    return {"loss_curves": CURVES}
