@@ -244,7 +244,7 @@ def make_case(folder: Path, number: int, seed: int) -> tuple[Path, dict[str, Any
     settings = {
         "train": str(path),
         "format": rng.choice(["auto"] * 15 + ["messages", "sharegpt", "alpaca", "prompt_completion", "text"]),
-        "max_length": rng.choice([16, 64, 512]),
+        "max_length": rng.choice([64, 256, 1024]),
         "on_too_long": rng.choice(["error", "drop", "drop", "truncate", "truncate"]),
         "on_bad_row": rng.choice(["error", "drop", "drop", "drop"]),
         "packing": rng.random() < 0.5,

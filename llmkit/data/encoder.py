@@ -42,9 +42,20 @@ class PieceEncoder:
         self._split = re.compile("|".join(patterns)) if patterns else None
         self.literal = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
+    @property
+    def _shared(self) -> Any:
+        """The Rust tokenizer itself, for texts without the letters of a special token; None where it cannot be used.
+
+        Asked anew each time: a call of the tokenizer by somebody else may have left a truncation in it.
+        """
+        if not getattr(self._tokenizer, "is_fast", False):
+            return None
+        backend = self._tokenizer.backend_tokenizer
+        return backend if backend.truncation is None and backend.padding is None else None
+
     @cached_property
     def _backend(self) -> Any:
-        """A copy of the Rust tokenizer, without the truncation that somebody may have set; None for a slow one."""
+        """A copy of the Rust tokenizer that takes special tokens for text and never truncates; None for a slow one."""
         if not getattr(self._tokenizer, "is_fast", False):
             return None
         backend = copy.deepcopy(self._tokenizer.backend_tokenizer)
@@ -73,10 +84,13 @@ class PieceEncoder:
         """Ids of whole texts, without bos or eos."""
         if not texts:
             return []
-        if self._backend is not None:
-            return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        encode = self._tokenizer.encode
-        return [list(encode(text, add_special_tokens=False, split_special_tokens=True)) for text in texts]
+        if not getattr(self._tokenizer, "is_fast", False):
+            encode = self._tokenizer.encode
+            return [list(encode(text, add_special_tokens=False, split_special_tokens=True)) for text in texts]
+        backend = self._shared
+        if backend is None or (self.literal is not None and any(map(self.literal.search, texts))):
+            backend = self._backend
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_inner(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of pieces from the middle of a text, right after other tokens. Raises DataError when that is impossible."""
@@ -108,22 +122,14 @@ class PieceEncoder:
         if self.seamless or not self.specials:
             return False
         text, index = min(self.specials.items(), key=lambda item: item[1])
-        if self._backend is not None:
-            self._backend.encode_special_tokens = False
-            whole = list(self._backend.encode(f"{text}b c", add_special_tokens=False).ids)
-            self._backend.encode_special_tokens = True
-        else:
-            whole = list(self._tokenizer.encode(f"{text}b c", add_special_tokens=False))
+        whole = list(self._tokenizer.encode(f"{text}b c", add_special_tokens=False))
         return whole != [index, *self.encode(["b c"])[0]]
 
     @cached_property
     def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What the tokenizer itself puts before and after a plain text, e.g. ``((bos,), ())`` or ``((), (eos,))``."""
         plain = self.encode(["a"])[0]
-        if self._backend is not None:
-            full = list(self._backend.encode("a", add_special_tokens=True).ids)
-        else:
-            full = list(self._tokenizer.encode("a", add_special_tokens=True))
+        full = list(self._tokenizer.encode("a", add_special_tokens=True))
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain:
                 return tuple(full[:start]), tuple(full[start + len(plain) :])

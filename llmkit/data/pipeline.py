@@ -17,7 +17,7 @@ from llmkit.data.settings import DataSettings
 from llmkit.data.sources import Source, read
 from llmkit.errors import DataError
 
-CHUNK = 1_000
+CHUNK = 4_000
 _LOOK_AT = 100
 
 

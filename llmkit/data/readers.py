@@ -64,7 +64,7 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
 
 
 def _damaged(path: str, error: Exception, where: str = "") -> DataError:
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:300].rstrip(".")
     return DataError(f"{path}: damaged{where}: {text or type(error).__name__}. Restore the file or leave it out.")
 
 

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 _INNER, _START = 0, 1
+_AT_ONCE = 500
+_Texts = tuple[dict[str, list[int]], dict[str, list[int]]]
 
 
 @dataclass(slots=True)
@@ -130,7 +133,7 @@ class Renderer:
         return self._finish_one(draft)
 
     def _finish_one(self, draft: _Draft) -> list[int]:
-        encoded = self._finish([draft])[0]
+        encoded = self._assemble(draft, self._texts([draft]))
         return [int(index) for index in encoded.input_ids]
 
     def _earlier_turns(self, messages: list[Message], tools: list[dict[str, Any]] | None, text: str) -> list[Turn]:
@@ -150,11 +153,26 @@ class Renderer:
         """Tokens and labels of rows, in order; a row that the template refuses is a BadRow.
 
         Raises DataError for what no single row is to blame for: no chat template, a template whose prompts are not
-        prefixes, turns that end without a stop token, no eos. Give about a thousand rows at a time.
+        prefixes, turns that end without a stop token, no eos. Give some thousand rows at a time.
         """
-        drafts = [self._draft(row) for row in rows]
-        encoded = iter(self._finish([draft for draft in drafts if isinstance(draft, _Draft)]))
-        return [draft if isinstance(draft, BadRow) else next(encoded) for draft in drafts]
+        parts = [rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
+        if len(parts) < 2:
+            drafts = [self._draft(row) for row in rows]
+            return self._fill(drafts, self._texts(drafts))
+        # the tokenizer, which needs no Python lock, works on one part while the next one is rendered
+        done: list[Encoded | BadRow] = []
+        with ThreadPoolExecutor(1) as pool:
+            before: tuple[list[_Draft | BadRow], Future[_Texts]] | None = None
+            for part in parts:
+                drafts = [self._draft(row) for row in part]
+                now = (drafts, pool.submit(self._texts, drafts))
+                done += self._fill(before[0], before[1].result()) if before else []
+                before = now
+            done += self._fill(before[0], before[1].result()) if before else []
+        return done
+
+    def _fill(self, drafts: list[_Draft | BadRow], texts: _Texts) -> list[Encoded | BadRow]:
+        return [draft if isinstance(draft, BadRow) else self._assemble(draft, texts) for draft in drafts]
 
     def _draft(self, row: Sample) -> _Draft | BadRow:
         if isinstance(row, Text):
@@ -281,11 +299,13 @@ class Renderer:
     def _target(self, row: PromptCompletion) -> list[tuple[int, str, int, bool]]:
         return [(-1, row.completion, _START, True), (self._eos(), "", _INNER, True)]
 
-    def _finish(self, drafts: list[_Draft]) -> list[Encoded]:
-        """Encode the different texts of all drafts in two calls and put the rows together."""
-        texts: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
+    def _texts(self, drafts: Sequence[_Draft | BadRow]) -> _Texts:
+        """Ids of all different texts of these drafts, encoded in two calls: middles of texts, and beginnings."""
+        texts: _Texts = ({}, {})
         inner = _START if self._encoder.seamless else _INNER
         for draft in drafts:
+            if isinstance(draft, BadRow):
+                continue
             for index, text, mode, _ in draft.parts + (draft.target or []):
                 if index < 0:
                     texts[mode | inner][text] = []
@@ -294,9 +314,10 @@ class Renderer:
         encoders = (self._encoder.encode_inner, self._encoder.encode)
         for table, encode in zip(texts, encoders, strict=True):
             table.update(zip(table, encode(list(table)), strict=True))
-        return [self._assemble(draft, texts, inner) for draft in drafts]
+        return texts
 
-    def _assemble(self, draft: _Draft, texts: tuple[dict[str, list[int]], ...], inner: int) -> Encoded:
+    def _assemble(self, draft: _Draft, texts: _Texts) -> Encoded:
+        inner = _START if self._encoder.seamless else _INNER
         ids, labels = _join(draft.parts, texts, inner)
         if draft.target is not None:
             labels = _join(draft.target, texts, inner)[1]
@@ -340,9 +361,7 @@ class Renderer:
         return draft
 
 
-def _join(
-    parts: list[tuple[int, str, int, bool]], texts: tuple[dict[str, list[int]], ...], inner: int
-) -> tuple[list[int], list[int]]:
+def _join(parts: list[tuple[int, str, int, bool]], texts: _Texts, inner: int) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     labels: list[int] = []
     for index, text, mode, learned in parts:

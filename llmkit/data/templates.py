@@ -7,7 +7,9 @@ is rendered with the turn.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,14 +81,34 @@ class ChatTemplate:
         import jinja2
 
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=self.text, tokenize=False, add_generation_prompt=prompt
-            )
+            return self._render(messages, tools, prompt)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             if isinstance(error, jinja2.TemplateSyntaxError):
                 raise DataError(f"data.chat_template: line {error.lineno}: {error.message}") from None
             raise ValueError(f"the chat template refuses it: {error}") from None
-        return str(text)
+
+    @cached_property
+    def _render(self) -> Callable[[list[Message], list[dict[str, Any]] | None, bool], str]:
+        """``apply_chat_template`` without what it does anew for every conversation, where transformers allows it.
+
+        The compiled template is transformers' own. Jinja copies all its globals for every rendering; here they are
+        merged once.
+        """
+        tokenizer, text = self._tokenizer, self.text
+        compiled = _compiled(text)
+        if compiled is None:
+            return lambda messages, tools, prompt: str(
+                tokenizer.apply_chat_template(
+                    messages, tools=tools, chat_template=text, tokenize=False, add_generation_prompt=prompt
+                )
+            )
+        shared = {**compiled.globals, **tokenizer.special_tokens_map, "documents": None}
+
+        def render(messages: list[Message], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
+            variables = shared | {"messages": messages, "tools": tools, "add_generation_prompt": prompt}
+            return "".join(compiled.root_render_func(compiled.new_context(variables, shared=True)))
+
+        return render
 
     def turns(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, *, last_only: bool
@@ -107,3 +129,11 @@ class ChatTemplate:
                 raise NotAPrefixError(index, until, text, "the conversation up to the turn")
             turns.append(Turn(index, len(prompt), len(until)))
         return text, turns
+
+
+def _compiled(text: str) -> Any:
+    """The template as transformers compiles it; None where it has no such function (any more)."""
+    from transformers.utils import chat_template_utils
+
+    compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
+    return None if compile_template is None else compile_template(text)

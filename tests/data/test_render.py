@@ -320,6 +320,30 @@ def test_fingerprint_follows_template_rule_system_and_tokenizer(make_tokenizer: 
     assert Renderer(tokenizer).fingerprint == again
 
 
+def test_truncation_that_somebody_left_in_the_tokenizer_cuts_nothing(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer("gemma")
+    renderer = Renderer(tokenizer)
+    whole = renderer.prompt(TALK[:3])
+    tokenizer("some other text", truncation=True, max_length=2, padding="max_length")
+    try:
+        assert renderer.prompt(TALK[:3]) == whole
+        assert encode_one(renderer, Conversation(TALK)).input_ids.tolist()[: len(whole)] == whole
+    finally:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+
+
+def test_many_rows_at_once_are_the_rows_one_by_one(make_tokenizer: Make) -> None:
+    renderer = Renderer(make_tokenizer("mistral"))
+    rows = [PromptCompletion(f"What is {n}?", f"It is {n} </s>" if n % 7 else "1", None, f"r:{n}") for n in range(1300)]
+    together = renderer.encode(rows)
+    assert [row.row_id for row in together] == [row.row_id for row in rows]
+    for place in (0, 1, 499, 500, 501, 1299):
+        one, other = together[place], encode_one(renderer, rows[place])
+        assert isinstance(one, Encoded)
+        assert one.input_ids.tolist() == other.input_ids.tolist() and one.labels.tolist() == other.labels.tolist()
+
+
 def test_slow_tokenizer_gives_the_same_shape_of_row() -> None:
     tokenizer = _Letters(bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = (
