@@ -57,6 +57,8 @@ def training_arguments(
         dataloader_pin_memory=False,
         gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
         ddp_find_unused_parameters=False,
+        # The loss is ours (loss.py): Liger's replaces the model's forward, which must stay the one that was probed.
+        liger_kernel_config={"fused_linear_cross_entropy": False, "cross_entropy": False},
     )
 
 

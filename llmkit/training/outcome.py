@@ -127,6 +127,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     renderer: Renderer,
     adapter: bool,
+    example: dict[str, str],
 ) -> Path:
     """Save the model (or the adapter) and open it again in a fresh process. Raises GateError when it is not the same."""
     folder = ctx.output_dir / ("adapter" if adapter else "model")
@@ -144,7 +145,7 @@ def export(
         verify(folder, probe)
         tracking = recipe.tracking
         if tracking.log_model or tracking.register:
-            ctx.tracker.model(folder, {"prompt": "Hello"})
+            ctx.tracker.model(folder, example)
     if ctx.world_size > 1:
         torch.distributed.barrier()
     return folder

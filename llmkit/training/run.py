@@ -89,7 +89,8 @@ def train(recipe: TrainingRecipe, ctx: RunContext, *, stage: str, adapter: Adapt
         loss_after = trainer.held_out_loss()
     after = answers(ctx, model, tokenizer, renderer, prompts)
 
-    saved = export(recipe, ctx, model, tokenizer, renderer, adapter is not None)
+    example = {"prompt": prompts.shown[0]["prompt"], "answer": after[0]} if after else {"prompt": "Hello", "answer": ""}
+    saved = export(recipe, ctx, model, tokenizer, renderer, adapter is not None, example)
     return Result(
         stage=stage,
         name=recipe.name,
@@ -130,7 +131,8 @@ def _trainer(
     train = recipe.train
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     model.to(device)
-    own_attention = recipe.model.attn_implementation == "auto"
+    # The compiler would make a new graph for every list of row lengths.
+    own_attention = recipe.model.attn_implementation == "auto" and not train.torch_compile
     objective, notes = choose(model, seq2seq=seq2seq, own_attention=own_attention, device=device)
     for note in notes:
         ctx.progress.note(note)
