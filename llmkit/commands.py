@@ -16,6 +16,7 @@ from llmkit.context import Result
 from llmkit.errors import MissingError, UsageError
 from llmkit.launch.job import Job
 from llmkit.progress import quiet_libraries
+from llmkit.ranks import Ranks
 from llmkit.recipe import Recipe, dump, load_recipe
 from llmkit.reply import Reply
 from llmkit.runner import Prepared
@@ -70,6 +71,8 @@ def _start(name: str, recipe: Recipe, *, launcher: str, resume: str, dry_run: bo
     if dry_run:
         return _dry_run(runner.look(recipe, name, resume), where.render(job))
     result: Result = where.submit(job, partial(runner.run, recipe, name, resume))
+    if not Ranks.from_environment().is_main:
+        return Reply()
     from llmkit.summary import summary
 
     print(summary(result), file=sys.stderr, flush=True)

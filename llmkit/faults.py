@@ -39,7 +39,7 @@ def translate(exc: BaseException, folder: Path | None = None) -> LlmkitError | N
         return _missing_package(exc)
     if _disk_full(exc):
         return WontFitError(
-            f"The disk is full{_at(exc)}. Free some space (old runs, checkpoints and the token cache are the usual "
+            f"The disk is full{_at(exc) or (f' ({folder})' if folder is not None else '')}. Free some space (old runs, checkpoints and the token cache are the usual "
             "places) or give --output-dir on another disk, then run the same command again."
         )
     if _out_of_memory(exc):

@@ -5,6 +5,7 @@ All of it goes to stderr. ``step`` may be called after every training step: it d
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -57,6 +58,12 @@ def quiet_libraries() -> None:
         "GIT_PYTHON_REFRESH": "quiet",
     }.items():
         os.environ.setdefault(key, value)
+    # DeepSpeed, which accelerate imports where it is installed, warns of every machine without a GPU.
+    logging.getLogger("DeepSpeed").addFilter(_worth_saying)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 # Numbers as text
@@ -82,7 +89,7 @@ def number(value: float) -> str:
 
 
 SHOWN: dict[str, tuple[str, ...]] = {
-    "loss": ("loss", "train_loss"),
+    "loss": ("loss",),
     "eval loss": ("eval_loss",),
     "lr": ("learning_rate", "lr"),
     "tokens/s": ("tokens_per_second", "tokens_per_second/non_padding", "tokens_per_second_non_padding"),
@@ -151,6 +158,7 @@ class Plain:
         self._clock = clock
         self._pace = _Pace(clock)
         self._write = write or _to_stderr
+        self._logged = -1
 
     def note(self, text: str) -> None:
         self._write(text)
@@ -161,7 +169,11 @@ class Plain:
             self._pace.left(step, total)
 
     def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        rest = "  ".join(p for p in (headline(metrics), self._pace.left(step, total)) if p)
+        shown = headline(metrics)
+        if not shown and step == self._logged:
+            return  # a second call for the same step, with numbers that have no place on a line
+        self._logged = step
+        rest = "  ".join(p for p in (shown, self._pace.left(step, total)) if p)
         self._write(f"step {step}/{total}" + (f"  {rest}" if rest else ""))
 
     @contextmanager

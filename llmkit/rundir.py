@@ -26,7 +26,7 @@ RECIPE, RUN, RESULT, LOCK = "recipe.yaml", "run.json", "result.json", ".lock"
 
 NO_WORK = frozenset({
     RECIPE, RUN, RESULT, LOCK, "traceback.txt", "log.jsonl", "data_report.json", "token_lengths.png",
-    "tracking.json",
+    "tracking.json", "before.json",
 })  # fmt: skip
 """What a run leaves behind that failed before it had trained anything; losing it loses no work."""
 

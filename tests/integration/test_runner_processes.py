@@ -92,6 +92,8 @@ def test_two_ranks_agree_and_only_the_first_writes(tmp_path: Path) -> None:
         assert expected in outcome[0][1]
         assert "step 3/3" not in outcome[1][1]
         assert "nothing to do" not in outcome[1][1]
+        assert "run folder" in outcome[0][1]
+        assert "run folder" not in outcome[1][1]
     assert (tmp_path / "out" / "seen-by-1").exists()
     recipe.write_text(recipe.read_text() + "steps: 7\n")
     outcome = _two_ranks(recipe)
