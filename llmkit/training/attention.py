@@ -180,13 +180,21 @@ def varlen_attention_forward(
         raise ValueError(f"attention over rows does not know {', '.join(unsupported) or 'dropout'}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window or 0
-    q, k, v = query[0], key[0], value[0]
+    q, k, v = _one_type(query[0], key[0], value[0])
     if q.device.type == "cpu":
         out = _RowAttention.apply(q, k, v, segments, scale, window)  # type: ignore[no-untyped-call]
     else:
         found = _on_gpu(q, k, v, segments, scale, window)
         out = found if found is not None else _by_rows(q, k, v, segments, scale, window)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None
+
+
+def _one_type(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Mixed precision brings queries and keys in float32 and values in bfloat16; kernels want one type."""
+    kind = tensors[0].device.type
+    if torch.is_autocast_enabled(kind):
+        return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
+    return tensors
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -84,7 +84,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 
 def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    out: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
+    with torch.autocast("cpu", enabled=False):  # statistics stay in float32 in mixed precision too
+        out: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -75,7 +75,12 @@ def linear_cross_entropy(
     through ``apply`` (default: the layer itself) and recomputed in the backward pass.
     """
     if type(head) is nn.Linear:
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, target)  # type: ignore[no-untyped-call]
+        kind, weight, bias = hidden.device.type, head.weight, head.bias
+        if torch.is_autocast_enabled(kind):  # mixed precision: the products' type, which the backward pass keeps
+            lower = torch.get_autocast_dtype(kind)
+            hidden, weight, bias = hidden.to(lower), weight.to(lower), bias.to(lower) if bias is not None else None
+        with torch.autocast(kind, enabled=False):
+            loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, target)  # type: ignore[no-untyped-call]
         return loss
     return _chunked(hidden, apply or head, target)
 
@@ -85,7 +90,7 @@ def _chunked(hidden: Tensor, head: Callable[[Tensor], Tensor], target: Tensor) -
         return nn.functional.cross_entropy(head(h).float(), y, reduction="sum")
 
     if not hidden.shape[0]:
-        return hidden.sum()
+        return head(hidden).float().sum()  # 0, and a gradient for every parameter: other ranks wait for it
     losses = [
         checkpoint(part, h, y, use_reentrant=False)
         for h, y in zip(hidden.split(CHUNK_ROWS), target.split(CHUNK_ROWS), strict=True)

@@ -8,7 +8,7 @@ its name: :func:`choose` compares both on a few tokens before the first step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmkit.errors import UsageError
 from llmkit.training.attention import row_attention
 from llmkit.training.batching import Layout, Part, TokenRow
 from llmkit.training.loss import linear_cross_entropy
@@ -26,16 +27,16 @@ class Objective:
     """``objective(model, part)`` → summed loss of the part's supervised tokens, a float32 scalar.
 
     ``flat`` says that several rows may lie end to end in one sequence; ``fused`` that the output layer is applied by
-    the loss.
+    the loss. ``shift`` turns the answers of a sequence-to-sequence model into what its decoder reads.
     """
 
     def __init__(
-        self, head: nn.Module, *, flat: bool, fused: bool, by_rows: bool = False, seq2seq: bool = False,
-        device: torch.device,
+        self, head: nn.Module, *, flat: bool, fused: bool, by_rows: bool = False, device: torch.device,
+        shift: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.head, self.flat, self.fused, self.by_rows = head, flat, fused, by_rows
         self._apply = head.forward  # the layer itself, also while it is bypassed
-        self._seq2seq, self._device = seq2seq, device
+        self._shift, self._device = shift, device
 
     def __call__(self, model: nn.Module, part: Part) -> Tensor:
         outputs = model(**self._inputs(part)).logits
@@ -49,12 +50,9 @@ class Objective:
 
     def _inputs(self, part: Part) -> dict[str, Any]:
         inputs = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in part.inputs.items()}
-        answers = inputs.pop("labels_for_decoder", None)
-        if self._seq2seq:
-            inputs["decoder_input_ids"] = answers
-        else:
-            inputs["use_cache"] = False
-        return inputs
+        if self._shift is not None:
+            inputs["decoder_input_ids"] = self._shift(inputs.pop("labels_for_decoder"))
+        return inputs | {"use_cache": False}
 
     @contextmanager
     def active(self, model: PreTrainedModel) -> Iterator[None]:
@@ -63,15 +61,15 @@ class Objective:
             if self.by_rows:
                 stack.enter_context(row_attention(model))
             if self.fused:
-                stack.enter_context(_bypassed(self.head))
+                stack.enter_context(_bypassed(self.head, _identity))
             yield
 
 
 @contextmanager
-def _bypassed(head: nn.Module) -> Iterator[None]:
-    """The layer hands its input through when the model calls it."""
+def _bypassed(head: nn.Module, instead: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """``instead`` is what the model calls for its output layer."""
     had = head.__dict__.get("forward")
-    head.forward = _identity
+    head.forward = instead
     try:
         yield
     finally:
@@ -94,22 +92,56 @@ def choose(model: Any, *, seq2seq: bool, own_attention: bool, device: torch.devi
     bare: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model
     head = bare.get_output_embeddings()
     rows = _rows(int(bare.config.get_text_config().vocab_size))
-    plain = Objective(head, flat=False, fused=False, seq2seq=seq2seq, device=device)
+    shift = _decoder_shift(bare) if seq2seq else None
+    plain = Objective(head, flat=False, fused=False, shift=shift, device=device)
     reference = _ask(plain, model, bare, [rows[:2]], seq2seq)
     notes = []
-    fused = head is not None and _agrees(
-        Objective(head, flat=False, fused=True, seq2seq=seq2seq, device=device), model, bare, rows, reference, seq2seq
-    )
+    lean = Objective(head, flat=False, fused=True, shift=shift, device=device)
+    fused = _hands_through(plain, model, rows, seq2seq) and _agrees(lean, model, bare, rows, reference, seq2seq)
     if not fused:
         notes.append("The output layer runs at every position: this model changes its logits after it.")
     if seq2seq:
-        return Objective(head, flat=False, fused=fused, seq2seq=True, device=device), notes
+        return lean if fused else plain, notes
     for by_rows in (True, False) if own_attention else (False,):
         flat = Objective(head, flat=True, fused=fused, by_rows=by_rows, device=device)
         if _agrees(flat, model, bare, rows, reference, seq2seq):
             return flat, notes
     notes.append("Rows are padded to the longest of a batch: this model cannot keep rows apart in one sequence.")
     return Objective(head, flat=False, fused=fused, device=device), notes
+
+
+def _decoder_shift(model: Any) -> Callable[[Tensor], Tensor]:
+    """What the decoder reads for given answers ``[rows, longest]``: each token is predicted from those before it."""
+    shift: Callable[[Tensor], Tensor] | None = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:
+        raise UsageError(f"{type(model).__name__} does not say what its decoder reads, so llmkit cannot train it.")
+    return shift
+
+
+def _hands_through(plain: Objective, model: Any, rows: list[TokenRow], seq2seq: bool) -> bool:
+    """The model gives what its output layer gives, large values too: no soft cap or scale comes after it.
+
+    Asked with values of our own: the logits of a model that was just initialised are too small to show a cap.
+    """
+    layout = Layout(flat=False, part_tokens=0, pad_id=0, seq2seq=seq2seq)
+    (part,) = layout.batch([rows[:2]]).parts
+    given: list[Tensor] = []
+
+    def made_up(states: Tensor) -> Tensor:
+        values = torch.linspace(-200, 200, 64, device=states.device).to(states.dtype)
+        given.append(values.expand(*states.shape[:-1], -1))
+        return given[-1].clone()
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), _bypassed(plain.head, made_up):
+            found = model(**plain._inputs(part)).logits
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
+        return False
+    finally:
+        model.train(was_training)
+    return len(given) == 1 and found.shape == given[0].shape and torch.equal(found.float(), given[0].float())
 
 
 def _rows(vocabulary: int) -> list[TokenRow]:
