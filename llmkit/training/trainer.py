@@ -142,13 +142,16 @@ class LlmkitTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean loss per supervised token of the held-out rows over all ranks, its perplexity, and their number."""
-        metrics = self.held_out_loss()
+        metrics = self.held_out_loss(leave=False)  # the checkpoint of this step comes after it
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def held_out_loss(self) -> dict[str, float]:
-        """``eval_loss`` (nats per token), ``eval_perplexity``, ``eval_tokens``, ``eval_seconds``."""
+    def held_out_loss(self, *, leave: bool = True) -> dict[str, float]:
+        """``eval_loss`` (nats per token), ``eval_perplexity``, ``eval_tokens``, ``eval_seconds``.
+
+        ``leave`` obeys a stop in the middle of it: right before and after the training, wrong between two steps.
+        """
         batches = self._eval_batches
         if batches is None:
             return {}
@@ -158,7 +161,8 @@ class LlmkitTrainer(Trainer):
         loss, tokens = 0.0, 0
         with torch.no_grad(), self.ctx.progress.task("evaluating", len(batches), "batches") as task:
             for batch in batches:
-                self.leave_if_asked()
+                if leave:
+                    self.leave_if_asked()
                 for part in batch.parts:
                     if part.supervised:
                         loss += float(self.objective(self.model_wrapped, part))
@@ -264,10 +268,7 @@ class LlmkitTrainer(Trainer):
 class Watch(TrainerCallback):
     """Looks after each step: shows progress, saves on time, and stops when asked to (all ranks together)."""
 
-    def __init__(
-        self, ctx: RunContext, meter: Meter, *, save_minutes: float | None, time_limit_minutes: float | None,
-        agree: Callable[[bool], bool],
-    ) -> None:  # fmt: skip
+    def __init__(self, ctx: RunContext, *, save_minutes: float | None, time_limit_minutes: float | None) -> None:
         self._ctx, self._agree = ctx, any_rank(ctx)
         self._save_seconds = save_minutes * 60 if save_minutes else math.inf
         self._limit = time.monotonic() + time_limit_minutes * 60 if time_limit_minutes else math.inf
