@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from llmkit.errors import MissingError, UsageError
-from llmkit.modeling.adapters import attach, linear_layers, load_adapter, merge_run
-from llmkit.modeling.export import save_adapter, take_probe, verify
+from llmkit.modeling.adapters import attach, linear_layers, load_adapter, merge_run, merge_weights
+from llmkit.modeling.export import save_adapter, save_model, take_probe, verify
 from llmkit.modeling.load import count_parameters, load_model, load_tokenizer, open_model
-from llmkit.modeling.locate import describe_base
+from llmkit.modeling.locate import describe_base, model_digest
 from llmkit.modeling.probe import difference, logits_of, tolerance
 from llmkit.modeling.settings import AdapterSettings, ModelSettings
+from llmkit.modeling.verify import inspect_folder
 
 # tiny_qwen has tied embeddings, tiny_llama has not.
 KINDS: list[tuple[str, dict[str, Any]]] = [
@@ -75,14 +76,26 @@ def test_saved_reopened_and_merged_adapters_answer_alike(
     reopened, _, _ = load_adapter(run / "adapter")
     assert difference(probe.logits, logits_of(reopened, probe.input_ids)).relative < tolerance("float32")
 
-    report = merge_run(run)
-    assert report.base_checked
-    assert Path(report.base) == folder
+    # The parts of merge_run, without its fresh process; the command itself is run below.
+    save_model(merge_weights(reopened), tokenizer, run / "merged", stop_ids=[tokenizer.eos_token_id])
+    assert inspect_folder(run / "merged", probe)[0] == []
     merged = open_model(run / "merged")
-    assert difference(probe.logits, logits_of(merged, probe.input_ids)).relative < tolerance("float32")
     tied = merged.config.tie_word_embeddings
     assert tied == open_model(folder).config.tie_word_embeddings
     assert (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight) == tied
+
+
+def test_merging_a_run_leaves_a_complete_model_and_says_which_base(tiny_qwen: Path, tmp_path: Path) -> None:
+    settings = AdapterSettings(r=4, use_dora=True, modules_to_save=["lm_head"])
+    peft_model, tokenizer, run = _run(tiny_qwen, tmp_path / "run", settings)
+    probe = take_probe(peft_model, tokenizer)
+    report = merge_run(run)
+    assert report.base_checked
+    assert (Path(report.base), report.output, report.dtype) == (tiny_qwen, str(run / "merged"), "float32")
+    assert report.base_digest == model_digest(tiny_qwen)
+    assert report.difference < report.tolerance < report.effect
+    merged = open_model(run / "merged")
+    assert difference(probe.logits, logits_of(merged, probe.input_ids)).relative < tolerance("float32")
     for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "config.json"):
         assert (run / "merged" / name).is_file()
     assert json.loads((run / "merged" / "generation_config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
@@ -127,7 +140,6 @@ def test_added_tokens_travel_with_the_adapter(tiny_qwen: Path, tmp_path: Path) -
     settings = AdapterSettings(r=4, modules_to_save=["embed_tokens"])
     peft_model, _, run = _run(tiny_qwen, tmp_path / "run", settings, tokenizer=str(tmp_path / "tokenizer"))
     probe = take_probe(peft_model, tokenizer)
-    verify(run / "adapter", probe)
     merge_run(run)
     merged = open_model(run / "merged")
     assert merged.get_input_embeddings().weight.shape[0] >= len(tokenizer)
