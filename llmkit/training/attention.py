@@ -22,8 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "llmkit_varlen"
-QUERY_BLOCK = 256
-"""Queries scored at once: bounds the scores held to ``heads * 256 * length`` and skips most of the masked half."""
+QUERY_BLOCK = 128
+"""Queries scored at once: bounds the scores held to ``heads * 128 * length`` and skips most of the masked half."""
 
 Segments = tuple[int, ...]
 
@@ -34,11 +34,12 @@ class _RowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int) -> Tensor:
         ctx.segments, ctx.scale, ctx.window = segments, scale, window
+        q = q * scale  # cheaper than scaling the scores
         ctx.save_for_backward(q, k, v)
         out = torch.empty_like(q)
         for block in _blocks(segments, window):
             rows, keys = block.rows, block.keys
-            probs = _probabilities(q, k, block, scale)
+            probs = _probabilities(q, k, block)
             out[:, rows] = torch.bmm(probs, v[:, keys]).view(q.shape[0], -1, v.shape[-1])
         return out
 
@@ -52,14 +53,14 @@ class _RowAttention(torch.autograd.Function):
         dv = torch.zeros(v.shape, dtype=torch.float32)
         for block in _blocks(ctx.segments, ctx.window):
             rows, keys = block.rows, block.keys
-            probs = _probabilities(q, k, block, ctx.scale)
+            probs = _probabilities(q, k, block)
             grad_rows, q_rows = _grouped(grad, k.shape[0], rows), _grouped(q, k.shape[0], rows)
             dv[:, keys] += torch.bmm(probs.transpose(1, 2), grad_rows)
             dprobs = torch.bmm(grad_rows, v[:, keys].transpose(1, 2))
-            dscores = torch._softmax_backward_data(dprobs, probs, -1, q.dtype).mul_(ctx.scale)
+            dscores = torch._softmax_backward_data(dprobs, probs, -1, q.dtype)
             dq[:, rows] = torch.bmm(dscores, k[:, keys]).view(q.shape[0], -1, q.shape[-1])
             dk[:, keys] += torch.bmm(dscores.transpose(1, 2), q_rows)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq.mul_(ctx.scale), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 class _Block:
@@ -87,10 +88,10 @@ def _grouped(x: Tensor, kv_heads: int, rows: slice) -> Tensor:
     return x[:, rows].reshape(kv_heads, -1, x.shape[-1])
 
 
-def _probabilities(q: Tensor, k: Tensor, block: _Block, scale: float) -> Tensor:
-    """Softmax of the masked scores, ``[kv_heads, group * queries, keys]``."""
+def _probabilities(q: Tensor, k: Tensor, block: _Block) -> Tensor:
+    """Softmax of the masked scores of scaled queries, ``[kv_heads, group * queries, keys]``."""
     queries, keys = block.rows.stop - block.rows.start, block.keys.stop - block.keys.start
-    scores = torch.bmm(_grouped(q, k.shape[0], block.rows), k[:, block.keys].transpose(1, 2)).mul_(scale)
+    scores = torch.bmm(_grouped(q, k.shape[0], block.rows), k[:, block.keys].transpose(1, 2))
     scores.view(-1, queries, keys).add_(_mask(queries, keys, block.window, q.dtype))
     return torch.softmax(scores, -1)
 
