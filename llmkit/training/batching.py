@@ -162,7 +162,8 @@ class Sequences(Dataset[list[TokenRow]]):
     def fingerprint(self) -> str:
         """Digest of which tokens are learned in which company: a checkpoint fits only the same."""
         sha = hashlib.sha256()
-        for array in (self.store.offsets, self.store.input_ids, self.store.labels, np.concatenate(self.bins)):
+        sizes = np.array([len(rows) for rows in self.bins])
+        for array in (self.store.offsets, self.store.input_ids, self.store.labels, sizes, np.concatenate(self.bins)):
             sha.update(np.ascontiguousarray(array).tobytes())
         return sha.hexdigest()[:16]
 

@@ -75,7 +75,9 @@ def linear_cross_entropy(
     through ``apply`` (default: the layer itself) and recomputed in the backward pass.
     """
     if type(head) is nn.Linear:
-        kind, weight, bias = hidden.device.type, head.weight, head.bias
+        kind = hidden.device.type
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
         if torch.is_autocast_enabled(kind):  # mixed precision: the products' type, which the backward pass keeps
             lower = torch.get_autocast_dtype(kind)
             hidden, weight, bias = hidden.to(lower), weight.to(lower), bias.to(lower) if bias is not None else None

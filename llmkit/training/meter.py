@@ -29,7 +29,9 @@ class Meter:
     _mark: tuple[float, int, int, int] = (0.0, 0, 0, 0)
 
     def start(self) -> None:
-        self._started = time.perf_counter()
+        """Each step says so; a clock that runs goes on."""
+        if self._started is None:
+            self._started = time.perf_counter()
 
     def stop(self) -> None:
         """The clock stands still in evaluation and saving."""
