@@ -139,7 +139,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
             train_dataset=rows,
             processing_class=tokenizer,
         )  # fmt: skip
-    data = trainer.train_dataset
+    data: Any = trainer.train_dataset
     if args.rows:
         keep = {str(n): [row["input_ids"], row["labels"]] for n, row in enumerate(data, 1)}
         args.rows.write_text(json.dumps(keep), encoding="utf-8")

@@ -345,7 +345,12 @@ def command_line(numbers: list[int], seed: int) -> list[dict[str, Any]]:
         folder = Path(name)
         made = tokenizer()
         made.save_pretrained(folder / "model")
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes: dict[str, Any] = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
         LlamaForCausalLM(LlamaConfig(vocab_size=len(made), **sizes)).save_pretrained(folder / "model")
         for number in numbers:
             _, settings, what = make_case(folder, number, seed)

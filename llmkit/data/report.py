@@ -97,9 +97,9 @@ def _bad_message(bad: Sequence[BadRow], read: int) -> str:
 def _long_message(long: Sequence[tuple[str, int]], read: int, limit: int) -> str:
     first = ", ".join(f"{row} ({tokens:,} tokens)" for row, tokens in long[:3])
     row, tokens = max(long, key=lambda item: item[1])
-    verb = "row is" if len(long) == 1 else "rows are"
+    verb = "is" if len(long) == 1 else "are"
     return (
-        f"{len(long):,} of {read:,} {verb} longer than data.max_length: {limit}. The first: {first}; "
+        f"{len(long):,} of {read:,} rows {verb} longer than data.max_length: {limit}. The first: {first}; "
         f"the longest: {row} ({tokens:,} tokens).\n"
         f"  data.max_length: {tokens} keeps all; data.on_too_long: drop leaves these {len(long):,} out; "
         "truncate cuts them, so that they lose the end of the answer and its stop token."

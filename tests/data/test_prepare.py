@@ -172,7 +172,7 @@ def test_bad_rows_are_an_error_that_shows_three_or_dropped_and_listed(
 
 def test_bad_and_too_long_rows_come_in_one_message(run: Any, write_jsonl: Write) -> None:
     rows: list[object] = [*pairs(2), "{", {"prompt": "q", "completion": "word " * 100}]
-    with pytest.raises(DataError, match=r"1 of 4 rows cannot[\s\S]*1 of 4 row is longer"):
+    with pytest.raises(DataError, match=r"1 of 4 rows cannot[\s\S]*1 of 4 rows is longer"):
         run(train=write_jsonl(rows), max_length=64)
 
 
