@@ -77,7 +77,7 @@ def test_values_of_secret_environment_variables(tmp_path: Path) -> None:
         "GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path),
         "SOME_KEY": "true",
         "PORT_KEY": "1234567890",
-        "HOME": "/root/home",
+        "HOME": "/home/someone",
     }
     assert environment_secrets(environ) == ["abcdefgh1234"]
     assert mask("x=abcdefgh1234!", secrets=environment_secrets(environ)) == "x=***!"
