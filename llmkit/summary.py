@@ -46,7 +46,9 @@ def paired(metrics: Mapping[str, float]) -> Sequence[tuple[str, str, str]]:
 
 
 def _value(name: str, value: float) -> str:
-    return duration(value) if name.endswith(("_seconds", "runtime")) and value >= 60 else number(value)
+    if name.endswith("_bytes"):
+        return f"{value / 2**30:.2f} GB" if value >= 2**30 else f"{value / 2**20:.0f} MB"
+    return duration(value) if name.endswith("_seconds") and value >= 60 else number(value)
 
 
 def _samples(samples: Sequence[Mapping[str, str]]) -> str:

@@ -157,15 +157,19 @@ class LlmkitTrainer(Trainer):
             return {}
         self.meter.stop()
         started = time.perf_counter()
-        self.model_wrapped.eval()
+        # Ranks have different numbers of batches and parts here: nothing in the loop may wait for another rank, and
+        # DDP's forward would (it broadcasts the buffers).
+        ddp = isinstance(self.model_wrapped, nn.parallel.DistributedDataParallel)
+        model: Any = self.model_wrapped.module if ddp else self.model_wrapped
+        model.eval()
         loss, tokens = 0.0, 0
         with torch.no_grad(), self.ctx.progress.task("evaluating", len(batches), "batches") as task:
             for batch in batches:
-                if leave:
+                if leave and self.ctx.world_size == 1:
                     self.leave_if_asked()
                 for part in batch.parts:
                     if part.supervised:
-                        loss += float(self.objective(self.model_wrapped, part))
+                        loss += float(self.objective(model, part))
                         tokens += part.supervised
                 task.advance()
         loss, tokens = self._sum(loss), int(self._sum(tokens))
