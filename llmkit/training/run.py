@@ -38,6 +38,7 @@ from llmkit.training.batching import (
 )  # fmt: skip
 from llmkit.training.corpus import texts
 from llmkit.training.kernels import lean_layers
+from llmkit.training.lora_layer import lean_adapters
 from llmkit.training.meter import Meter, peak_memory
 from llmkit.training.objective import choose
 from llmkit.training.outcome import Before, answers, describe_inputs, export, sample_prompts, show_curves
@@ -81,6 +82,7 @@ def train(recipe: TrainingRecipe, ctx: RunContext, *, stage: str, adapter: Adapt
         lean.enter_context(trainer.objective.active(_bare(model)))
         if not recipe.train.torch_compile:
             lean.enter_context(lean_layers(model))
+            lean.enter_context(lean_adapters(model))
         loss_before = before.held_out(trainer)
         _go(ctx, trainer)
         if watch.stopped:
