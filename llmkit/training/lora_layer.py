@@ -28,12 +28,13 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         a_used, b_used = a.to(x.dtype), b.to(x.dtype)
         mask = kept_mask(x, p) if p else None
-        dropped = x if mask is None else (x * mask).div_(1 - p)
+        dropped = x if mask is None else x * mask
+        scale /= 1 - p  # what dropout keeps is scaled up: here, as the update's scale, for nothing
         inner = functional.linear(dropped, a_used).flatten(0, -2)
         out = functional.linear(x, weight, bias)
         out.view(-1, out.shape[-1]).addmm_(inner, b_used.t(), alpha=scale)
         ctx.save_for_backward(x, mask, inner, weight, a_used, b_used)
-        ctx.scale, ctx.keep, ctx.types = scale, 1 - p, (a.dtype, b.dtype)
+        ctx.scale, ctx.types = scale, (a.dtype, b.dtype)
         return out
 
     @staticmethod
@@ -41,7 +42,7 @@ class _LoraLinear(torch.autograd.Function):
         x, mask, inner, weight, a, b = ctx.saved_tensors
         grad = grads[0].flatten(0, -2)
         dinner = torch.mm(grad, b).mul_(ctx.scale)
-        dropped = x if mask is None else (x * mask).div_(ctx.keep)
+        dropped = x if mask is None else x * mask
         da = torch.mm(dinner.t(), dropped.flatten(0, -2)).to(ctx.types[0])
         db = torch.mm(grad.t(), inner).mul_(ctx.scale).to(ctx.types[1])
         dx = None
@@ -50,7 +51,7 @@ class _LoraLinear(torch.autograd.Function):
             if mask is None:
                 dx.addmm_(dinner, a)
             else:
-                dx += torch.mm(dinner, a).mul_(mask.flatten(0, -2)).div_(ctx.keep)
+                dx += torch.mm(dinner, a).mul_(mask.flatten(0, -2))
             dx = dx.view_as(x)
         return dx, None, None, da, db, None, None
 
