@@ -28,7 +28,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         a_used, b_used = a.to(x.dtype), b.to(x.dtype)
         mask = kept_mask(x, p) if p else None
-        dropped = x if mask is None else x * mask
+        dropped = x if mask is None else _keep(x, mask)
         scale /= 1 - p  # what dropout keeps is scaled up: here, as the update's scale, for nothing
         inner = functional.linear(dropped, a_used).flatten(0, -2)
         out = functional.linear(x, weight, bias)
@@ -42,7 +42,7 @@ class _LoraLinear(torch.autograd.Function):
         x, mask, inner, weight, a, b = ctx.saved_tensors
         grad = grads[0].flatten(0, -2)
         dinner = torch.mm(grad, b).mul_(ctx.scale)
-        dropped = x if mask is None else x * mask
+        dropped = x if mask is None else _keep(x, mask)
         da = torch.mm(dinner.t(), dropped.flatten(0, -2)).to(ctx.types[0])
         db = torch.mm(grad.t(), inner).mul_(ctx.scale).to(ctx.types[1])
         dx = None
@@ -51,21 +51,32 @@ class _LoraLinear(torch.autograd.Function):
             if mask is None:
                 dx.addmm_(dinner, a)
             else:
-                dx += torch.mm(dinner, a).mul_(mask.flatten(0, -2))
+                dx += _keep(torch.mm(dinner, a), mask.flatten(0, -2))
             dx = dx.view_as(x)
         return dx, None, None, da, db, None, None
 
 
-def kept_mask(x: Tensor, p: float) -> Tensor:
-    """Boolean, of the shape of ``x``, False with probability ``p`` (to 1/65,536), from PyTorch's default generator.
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-    On a CPU PyTorch draws a number for each element, one after the other, which takes longer than the layer's products:
-    here one 64-bit draw serves four elements.
+
+def kept_mask(x: Tensor, p: float) -> Tensor:
+    """Integers as wide as the elements of ``x``: all bits set, or none with probability ``p`` (to 1/65,536).
+
+    From PyTorch's default generator. On a CPU its own dropout draws a number for each element, one after the other, and
+    multiplies by booleans, which together take longer than the layer's products: here one 64-bit draw serves four
+    elements, and the mask is applied to the bits.
     """
+    kind = _INTEGERS[x.element_size()]
     if x.device.type != "cpu":
-        return torch.rand_like(x, dtype=torch.float32) >= p
+        return (torch.rand_like(x, dtype=torch.float32) >= p).to(kind).neg_()
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    return draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 65_536) - 32_768
+    sixteen = draws.view(torch.int16)[: x.numel()].view(x.shape)
+    return torch.ge(sixteen, round(p * 65_536) - 32_768, out=torch.empty(x.shape, dtype=kind)).neg_()
+
+
+def _keep(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` where the mask is set, else 0."""
+    return (x.contiguous().view(mask.dtype) & mask).view(x.dtype)
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
