@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
-from llmkit.errors import MissingError
+from llmkit.errors import MissingError, UsageError
 from llmkit.training.settings import TrainSettings
 
 SAME_NAME = (
@@ -32,20 +32,26 @@ def total_steps(train: TrainSettings, batches: int | None) -> int:
 def training_arguments(
     train: TrainSettings, *, folder: Path, seed: int, steps: int, evaluates: bool
 ) -> TrainingArguments:
-    """``folder`` holds the checkpoints; ``steps`` is the length of the run. Raises MissingError without Liger."""
+    """``folder`` holds the checkpoints; ``steps`` is the length of the run.
+
+    Raises MissingError without Liger, UsageError for arguments that the schedule does not take.
+    """
     if train.use_liger_kernel:
         _check_liger()
+    warmup = train.warmup_steps or math.ceil(train.warmup_ratio * steps)
+    _check_schedule(train, warmup, steps)
     given = {name: getattr(train, name) for name in SAME_NAME}
     return TrainingArguments(
         **given,
         output_dir=str(folder),
         max_steps=steps,
-        warmup_steps=train.warmup_steps or math.ceil(train.warmup_ratio * steps),
+        warmup_steps=warmup,
         eval_strategy="steps" if evaluates and train.eval_steps else "no",
         eval_steps=train.eval_steps,
         metric_for_best_model="eval_loss" if evaluates else None,
         greater_is_better=False,
         save_strategy="steps",
+        restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
         seed=seed,
         data_seed=seed,
         use_cpu=not torch.cuda.is_available(),
@@ -60,6 +66,19 @@ def training_arguments(
         # The loss is ours (loss.py): Liger's replaces the model's forward, which must stay the one that was probed.
         liger_kernel_config={"fused_linear_cross_entropy": False, "cross_entropy": False},
     )
+
+
+def _check_schedule(train: TrainSettings, warmup: int, steps: int) -> None:
+    name, extra = train.lr_scheduler_type, train.lr_scheduler_kwargs
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    try:
+        get_scheduler(
+            name, optimizer, num_warmup_steps=warmup, num_training_steps=steps, scheduler_specific_kwargs=dict(extra)
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"train.lr_scheduler_kwargs: {dict(extra)} are not the arguments of the schedule {name}: {error}"
+        ) from error
 
 
 def _check_liger() -> None:

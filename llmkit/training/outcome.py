@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -129,10 +130,14 @@ def export(
     adapter: bool,
     example: dict[str, str],
 ) -> Path:
-    """Save the model (or the adapter) and open it again in a fresh process. Raises GateError when it is not the same."""
-    folder = ctx.output_dir / ("adapter" if adapter else "model")
+    """Save the model (or the adapter), open it again in a fresh process, and only then give it its name.
+
+    Raises GateError when it is not the same; it is left under ``*.unchecked`` then.
+    """
+    final = ctx.output_dir / ("adapter" if adapter else "model")
     if ctx.is_main:
-        ctx.progress.note(f"Saving {folder} and opening it again")
+        ctx.progress.note(f"Saving {final} and opening it again")
+        folder = final.with_name(f"{final.name}.unchecked")
         probe = take_probe(model, tokenizer)
         kept: dict[str, Any] = {"stop_ids": renderer.stop_ids, "chat_template": renderer.chat_template}
         if adapter:
@@ -143,12 +148,14 @@ def export(
         else:
             save_model(model, tokenizer, folder, **kept)
         verify(folder, probe)
+        shutil.rmtree(final, ignore_errors=True)
+        folder.rename(final)
         tracking = recipe.tracking
         if tracking.log_model or tracking.register:
-            ctx.tracker.model(folder, example)
+            ctx.tracker.model(final, example)
     if ctx.world_size > 1:
         torch.distributed.barrier()
-    return folder
+    return final
 
 
 def show_curves(recipe: TrainingRecipe, ctx: RunContext, trainer: LlmkitTrainer) -> dict[str, str]:

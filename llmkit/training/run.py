@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from llmkit.context import Result, RunContext
 from llmkit.data.prepare import prepare, prepare_eval
@@ -224,10 +224,21 @@ def _go(ctx: RunContext, trainer: LlmkitTrainer) -> None:
         return
     trainer.check_fits(checkpoint)
     ctx.progress.note(f"Resuming from {checkpoint}")
-    if trainer.load_state(checkpoint).global_step >= trainer.args.max_steps:
+    state = trainer.load_state(checkpoint)
+    if state.global_step >= trainer.args.max_steps or _had_enough(state):
         trainer._load_from_checkpoint(str(checkpoint))  # all steps are done: only the export is left
         return
     trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def _had_enough(state: TrainerState) -> bool:
+    """Early stopping had ended the run in the step of this checkpoint."""
+    callbacks: Any = state.stateful_callbacks
+    found = callbacks.get("EarlyStoppingCallback")
+    if found is None:
+        return False
+    counted: int = found["attributes"]["early_stopping_patience_counter"]
+    return counted >= int(found["args"]["early_stopping_patience"])
 
 
 def _resume_point(ctx: RunContext, folder: Path) -> Path | None:

@@ -110,5 +110,5 @@ def test_steps(epochs: float, accumulation: int, max_steps: int, batches: int | 
 
 def test_liger_is_asked_for_before_training(tmp_path: Path) -> None:
     train = TrainSettings(use_liger_kernel=True)
-    with pytest.raises(MissingError, match="GPU|pip install liger-kernel"):
+    with pytest.raises(MissingError, match=r"GPU|pip install liger-kernel"):
         training_arguments(train, folder=tmp_path, seed=0, steps=1, evaluates=False)

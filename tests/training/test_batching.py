@@ -112,10 +112,9 @@ def test_a_rank_without_a_row_has_nothing_to_learn(make_store: MakeStore) -> Non
                for r in (0, 1)]  # fmt: skip
     assert [len(b) for b in batches] == [1, 1]
     assert batches[1][0].supervised > 0
-    one = [list(train_loader(sequences, layout, EpochOrder(3, 3, seed=0, shuffle=False, rank=r, world_size=2)))[0]
-           for r in (0, 1)]  # fmt: skip
-    assert one[1].supervised == 0
-    assert one[1].parts
+    (short,) = train_loader(sequences, layout, EpochOrder(3, 3, seed=0, shuffle=False, rank=1, world_size=2))
+    assert short.supervised == 0
+    assert short.parts
 
 
 rows_strategy = st.lists(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ def test_a_published_checkpoint_is_complete(tmp_path: Path) -> None:
     assert checkpoints.last_complete(tmp_path) == (made, [])
     manifest = Manifest.read(made)
     assert (manifest.step, manifest.files) == (5, {"model.safetensors": 7, "deep/state.pt": 100})
-    assert os.listdir(tmp_path) == ["checkpoint-5"]
+    assert list(tmp_path.iterdir()) == [made]
 
 
 def test_what_is_being_written_is_invisible(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path: Path, monkeypatch: pytest.Monk
     class KilledError(BaseException):
         pass
 
-    real = {"_flush": checkpoints._flush, "rename": Path.rename, "rmtree": checkpoints.shutil.rmtree}
+    real = {"_flush": checkpoints._flush, "rename": Path.rename, "rmtree": shutil.rmtree}
 
     def stop(name: str) -> object:
         def wrapped(*args: object, **kwargs: object) -> object:
@@ -63,19 +63,19 @@ def test_killed_at_any_moment_of_a_save(tmp_path: Path, monkeypatch: pytest.Monk
             calls += 1
             if calls > limit:
                 raise KilledError
-            return real[name](*args, **kwargs)  # type: ignore[operator]
+            return real[name](*args, **kwargs)
 
         return wrapped
 
     outcomes = []
-    for limit in range(12):  # noqa: B007  read by `wrapped`
+    for limit in range(12):
         folder = tmp_path / str(limit)
         publish(folder, 5, text="old")
         calls = 0
         with monkeypatch.context() as patch:
             patch.setattr(checkpoints, "_flush", stop("_flush"))
             patch.setattr(Path, "rename", stop("rename"))
-            patch.setattr(checkpoints.shutil, "rmtree", stop("rmtree"))
+            patch.setattr(shutil, "rmtree", stop("rmtree"))
             try:
                 publish(folder, 10, text="new")
                 checkpoints.rotate(folder, 1, None)
