@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -290,6 +291,9 @@ def main() -> int:
     differences = 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        # A copy of the package: it must not change between two starts, whoever edits the checkout meanwhile.
+        shutil.copytree(REPO / "llmkit", folder / "code" / "llmkit")
+        os.environ["PYTHONPATH"] = str(folder / "code")
         settings = {
             "tiny": (Setting(tiny(folder / "model", demo), write_rows(folder / "rows.jsonl", 6000)), options.kills),
             "smollm2-135m": (

@@ -15,7 +15,7 @@ SAME_NAME = (
     "num_train_epochs", "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "logging_steps", "save_steps", "gradient_checkpointing", "bf16",
-    "fp16", "torch_compile", "use_liger_kernel", "neftune_noise_alpha", "full_determinism",
+    "fp16", "torch_compile", "use_liger_kernel", "full_determinism",
 )  # fmt: skip
 """Settings that go through as they are; the others are read where they are acted on."""
 

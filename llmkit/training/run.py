@@ -40,6 +40,7 @@ from llmkit.training.corpus import texts
 from llmkit.training.kernels import lean_layers
 from llmkit.training.lora_layer import lean_adapters
 from llmkit.training.meter import Meter, peak_memory
+from llmkit.training.noise import noisy_embeddings
 from llmkit.training.objective import choose
 from llmkit.training.outcome import Before, answers, describe_inputs, export, sample_prompts, show_curves
 from llmkit.training.settings import TrainingRecipe
@@ -80,6 +81,8 @@ def train(recipe: TrainingRecipe, ctx: RunContext, *, stage: str, adapter: Adapt
     before = Before.of(ctx, model, tokenizer, renderer, prompts)
     with ExitStack() as lean:
         lean.enter_context(trainer.objective.active(_bare(model)))
+        if recipe.train.neftune_noise_alpha:
+            lean.enter_context(noisy_embeddings(_bare(model), recipe.train.neftune_noise_alpha))
         if not recipe.train.torch_compile:
             lean.enter_context(lean_layers(model))
             lean.enter_context(lean_adapters(model))
