@@ -221,6 +221,13 @@ def test_t5_learns_and_its_model_loads(tiny_t5: Path, tmp_path: Path, monkeypatc
     opened(tmp_path / "out", tiny_t5)
 
 
+@pytest.mark.usefixtures("fast")
+def test_t5_takes_an_adapter_and_refuses_packing(tiny_t5: Path, tmp_path: Path) -> None:
+    assert api.run("lora", recipe(tmp_path, tiny_t5, max_steps=2)).metrics["steps"] == 2
+    with pytest.raises(UsageError, match=r"data\.packing: this model cannot keep packed rows apart"):
+        run(recipe(tmp_path, tiny_t5), "packed", data__packing=True)
+
+
 def corpus(folder: Path) -> Path:
     path = folder / "text.jsonl"
     path.write_text("".join(json.dumps({"text": f"{row['completion']} and more. " * 4}) + "\n" for row in SUMS))
@@ -261,6 +268,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sdpa attention": {"model.attn_implementation": "sdpa"},
     "schedule": {"train.lr_scheduler_type": "cosine_with_min_lr", "train.lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
     "stable": {"train.lr_scheduler_type": "warmup_stable_decay", "train.lr_scheduler_kwargs": {"num_decay_steps": 3}},
+    "fp16 with loss scaling": {"train.fp16": True},
+    "full determinism": {"train.full_determinism": True},
     "half an epoch": {"train.num_train_epochs": 0.5},
 }
 
