@@ -52,9 +52,17 @@ def sample_prompts(store: TokenStore | None, tokenizer: PreTrainedTokenizerBase,
         cut = len(ids) if seq2seq else int(learned[0]) if learned[0] else max(1, len(ids) // 2)
         answer = labels[labels != -100] if seq2seq or learned[0] else ids[cut:]
         prompts.ids.append([int(i) for i in ids[:cut]])
-        shown = (str(tokenizer.decode(part, skip_special_tokens=True)).strip() for part in (ids[:cut], answer))
-        prompts.shown.append(dict(zip(("prompt", "reference"), shown, strict=True)))
+        reference = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+        prompts.shown.append({"prompt": _question(ids[:cut], tokenizer), "reference": reference})
     return prompts
+
+
+def _question(ids: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the user said last: the longest text between special tokens near the prompt's end, for people to read."""
+    special = np.flatnonzero(np.isin(ids, tokenizer.all_special_ids))
+    parts = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in np.split(ids, special)]
+    longest = max([part for part in parts if part.strip()][-4:], key=len, default="")
+    return longest.strip().removeprefix("user\n").strip()
 
 
 def answers(

@@ -25,7 +25,6 @@ from llmkit.modeling.load import count_parameters, is_seq2seq, load_model
 from llmkit.modeling.settings import AdapterSettings
 from llmkit.modeling.tokenizer import load_tokenizer, stop_ids
 from llmkit.training import checkpoints
-from llmkit.training.allocator import keep_freed_memory
 from llmkit.training.arguments import total_steps, training_arguments
 from llmkit.training.batching import (
     Batch,
@@ -66,7 +65,6 @@ def train(recipe: TrainingRecipe, ctx: RunContext, *, stage: str, adapter: Adapt
     Raises StoppedEarly after a checkpoint when a signal or the time limit came; the classes of llmkit.errors for data,
     models and settings that cannot be trained with.
     """
-    keep_freed_memory()
     seq2seq = is_seq2seq(recipe.model)
     tokenizer = load_tokenizer(recipe.model, lambda: texts(recipe.data))
     renderer = _renderer(recipe, tokenizer, seq2seq)
