@@ -13,15 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,29 +187,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu
-        )
-    packages = ("tokenizers", "transformers", "trl", "datasets", "pyarrow", "numpy")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load_at_start": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default=str(REPO / "models" / "smollm2-135m-instruct"))
     parser.add_argument("--data", default=str(REPO.parent / "shared" / "data" / "gsm8k" / "train.jsonl"))
-    parser.add_argument("--out", type=Path, default=REPO / "benchmarks" / "results")
     parser.add_argument("--worker", choices=["llmkit", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, default=0, help=argparse.SUPPRESS)
@@ -221,7 +200,10 @@ def main() -> None:
     if args.worker:
         print(json.dumps(run_llmkit(args) if args.worker == "llmkit" else run_trl(args)))
         return
-    found: dict[str, Any] = {"date": date.today().isoformat(), "machine": machine(), "runs": {}}
+    from common import machine, write_result
+
+    packages = ("tokenizers", "transformers", "trl", "datasets", "pyarrow", "numpy")
+    found: dict[str, Any] = {"machine": machine(*packages), "runs": {}}
     for number in range(args.rounds):
         for who in ("llmkit", *TRL_VARIANTS):
             measured = start(who, args)
@@ -241,13 +223,10 @@ def main() -> None:
     found["median_cpu_seconds"] = cpu
     found["less_cpu_than_best_trl"] = min(cpu[who] for who in TRL_VARIANTS) / cpu["llmkit"]
     found["agreement"] = compare(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"data_prep-{found['date']}.json"
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(f"llmkit {medians['llmkit']:.2f} s against {best} {medians[best]:.2f} s: "
           f"{found['times_faster_than_best_trl']:.1f} times as fast, {found['less_cpu_than_best_trl']:.1f} times less CPU; second run {found['median_second_run']['llmkit']:.3f} s")  # fmt: skip
     print(f"agreement: {found['agreement']}")
-    print(f"written: {path}")
+    write_result("data_prep", found)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -378,7 +377,6 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--command-line", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=REPO / "benchmarks" / "results")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -391,8 +389,10 @@ def main() -> None:
     refused = [case for case, entry in found.items() if entry["outcome"] == "data error"]
     picked = refused[:: max(1, len(refused) // max(1, args.command_line))][: args.command_line]
     commands = command_line(picked, args.seed)
+    from common import machine, write_result
+
     result = {
-        "date": date.today().isoformat(),
+        "machine": machine("pyarrow", "tokenizers"),
         "seed": args.seed,
         "cases": len(found),
         "outcomes": Counter(entry["outcome"] if entry not in wrong else "wrong" for entry in found.values()),
@@ -402,15 +402,12 @@ def main() -> None:
         "command_line": {"cases": len(commands), "wrong": [entry for entry in commands if not entry["right"]]},
         "seconds": time.perf_counter() - begin,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"fuzz_data-{result['date']}.json"
-    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(
         json.dumps(
             {key: result[key] for key in ("cases", "outcomes", "wrong", "command_line")}, indent=2, ensure_ascii=False
         )
     )
-    print(f"written: {path}")
+    write_result("fuzz_data", result)
     failed = bool(wrong) or any(not entry["right"] for entry in commands)
     raise SystemExit(1 if failed or len(found) != args.cases else 0)
 

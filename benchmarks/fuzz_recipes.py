@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -243,26 +241,6 @@ def command(case: Case, expected: str, folder: Path, number: int) -> str | None:
     return None
 
 
-def machine() -> dict[str, str]:
-    info = Path("/proc/cpuinfo")
-    cpu = (
-        next(
-            (line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), ""
-        )
-        if info.exists()
-        else ""
-    )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=REPO, check=False
-    )
-    return {
-        "cpu": cpu or platform.processor(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=2600)
@@ -292,9 +270,10 @@ def main() -> int:
             folders = [Path(folder)] * len(sample)
             said = list(pool.map(command, *zip(*sample, strict=True), folders, range(len(sample)))) if sample else []
     wrong = [text for text in said if text]
+    from common import machine, write_result
+
     report = {
-        "date": datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        "machine": machine("pydantic", "PyYAML"),
         "seed": options.seed,
         "examples": len(seen),
         "different": len({(case.content, case.overrides) for case, _ in seen}),
@@ -305,9 +284,7 @@ def main() -> int:
         "commands_valid": sum(result == "valid" for _, result in sample),
         "commands_wrong": wrong,
     }
-    results = REPO / "benchmarks" / "results" / f"fuzz_recipes-{report['date'][:10]}.json"
-    results.parent.mkdir(exist_ok=True)
-    results.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_result("fuzz_recipes", report)
     print(json.dumps(report, indent=2, ensure_ascii=False))
     return 1 if faults or wrong or len(seen) < options.examples else 0
 

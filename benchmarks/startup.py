@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
-HERE = Path(__file__).parent
+from common import REPO, machine, write_result
+
 BIN = Path(sys.executable).parent
 GOAL = 2.5
 
@@ -36,7 +34,7 @@ def commands() -> dict[str, list[str]]:
             "-m",
             "llmkit",
             "sft",
-            str(HERE.parent / "recipes/sft/quickstart.yaml"),
+            str(REPO / "recipes/sft/quickstart.yaml"),
             "--dry-run",
         ],
     }
@@ -47,7 +45,7 @@ def commands() -> dict[str, list[str]]:
 
 def seconds(command: list[str]) -> float:
     begin = time.perf_counter()
-    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True, cwd=HERE.parent)
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True, cwd=REPO)
     return time.perf_counter() - begin
 
 
@@ -67,14 +65,7 @@ def main() -> int:
     ratios = {f"llmkit --help / {name}": round(help_time / value, 2) for name, value in medians.items()}
     reached = help_time <= GOAL * medians["typer"]
     report = {
-        "benchmark": "startup",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "cpus": os.cpu_count(),
-            "load": os.getloadavg()[0],
-            "system": platform.platform(),
-            "python": platform.python_version(),
-        },
+        "machine": machine("typer", "trl"),
         "repeats": repeats,
         "median_seconds": {name: round(value, 4) for name, value in medians.items()},
         "fastest_seconds": {name: round(min(values), 4) for name, values in taken.items()},
@@ -82,9 +73,7 @@ def main() -> int:
         "goal": f"llmkit --help <= {GOAL} x (interpreter and typer)",
         "reached": reached,
     }
-    folder = HERE / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"startup-{report['date'][:10]}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_result("startup", report)
     print(json.dumps(report, indent=2))
     return 0 if reached else 1
 
