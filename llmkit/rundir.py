@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from llmkit.context import Result
 from llmkit.errors import RecipeError, UsageError
+from llmkit.files import flush
 from llmkit.recipe import Recipe, diff, dump, load_recipe
 
 RECIPE, RUN, RESULT, LOCK = "recipe.yaml", "run.json", "result.json", ".lock"
@@ -91,7 +92,7 @@ def write_atomic(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _flush_folder(path.parent)
+    flush(path.parent)
 
 
 def examine(folder: Path, stage: str, recipe: Recipe, resume: str, data: Mapping[str, str] | None) -> Finding:
@@ -257,14 +258,6 @@ def _same_file(descriptor: int, path: Path) -> bool:
         return False
     here = os.fstat(descriptor)
     return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fixes() -> str:

@@ -248,24 +248,11 @@ def seed(value: int) -> None:
         torch.manual_seed(value)
 
 
-class NoTracker:
-    """The tracker of every rank but the first."""
-
-    run_id: str | None = None
-
-    def params(self, params: Mapping[str, object]) -> None: ...
-    def tags(self, tags: Mapping[str, str]) -> None: ...
-    def metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
-    def artifact(self, path: Path, folder: str = "") -> None: ...
-    def dataset(self, name: str, digest: str, source: str, context: str, profile: Mapping[str, object]) -> None: ...
-    def model(self, path: Path, example: Mapping[str, object]) -> None: ...
-    def close(self, status: Status) -> None: ...
-
-
 def _open_tracker(prepared: Prepared, ranks: Ranks) -> Tracker:
+    from llmkit.tracking import NullTracker, open_tracker
+
     if not ranks.is_main:
-        return NoTracker()
-    from llmkit.tracking import open_tracker
+        return NullTracker()
 
     recipe = prepared.recipe
     tracker: Tracker = open_tracker(recipe.tracking, output_dir=prepared.folder, name=recipe.name, stage=prepared.stage)

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmkit.errors import GateError
+from llmkit.files import flush
 from llmkit.modeling.load import check_finite, embedding_rows, plain_attention, quiet
 from llmkit.modeling.locate import BaseInfo
 from llmkit.modeling.probe import Probe, take_probe
@@ -148,7 +149,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             work.rename(target)
-        _flush_entry(target.parent)
+        flush(target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -208,16 +209,8 @@ def _flush(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_file():
             path.chmod(0o666 & ~_umask())
-        _flush_entry(path)
-    _flush_entry(folder)
-
-
-def _flush_entry(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        flush(path)
+    flush(folder)
 
 
 def _umask() -> int:

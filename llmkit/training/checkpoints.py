@@ -8,13 +8,13 @@ passed over with a line that says so.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from llmkit.errors import UsageError
+from llmkit.files import flush
 
 MANIFEST = "llmkit_checkpoint.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
@@ -50,12 +50,12 @@ def publish(work: Path, folder: Path, manifest: Manifest) -> Path:
     (work / MANIFEST).write_text(json.dumps(asdict(replace(manifest, files=files)), indent=1), encoding="utf-8")
     for path in work.rglob("*"):
         if path.is_file():
-            _flush(path)
-    _flush(work)
+            flush(path)
+    flush(work)
     target = folder / f"checkpoint-{manifest.step}"
     _remove(target)
     work.rename(target)
-    _flush(folder)
+    flush(folder)
     return target
 
 
@@ -128,11 +128,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
         path.rename(gone)
         shutil.rmtree(gone)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

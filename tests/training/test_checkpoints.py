@@ -55,7 +55,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path: Path, monkeypatch: pytest.Monk
     class KilledError(BaseException):
         pass
 
-    real = {"_flush": checkpoints._flush, "rename": Path.rename, "rmtree": shutil.rmtree}
+    real = {"_flush": checkpoints.flush, "rename": Path.rename, "rmtree": shutil.rmtree}
 
     def stop(name: str) -> object:
         def wrapped(*args: object, **kwargs: object) -> object:
@@ -73,7 +73,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path: Path, monkeypatch: pytest.Monk
         publish(folder, 5, text="old")
         calls = 0
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints, "_flush", stop("_flush"))
+            patch.setattr(checkpoints, "flush", stop("_flush"))
             patch.setattr(Path, "rename", stop("rename"))
             patch.setattr(shutil, "rmtree", stop("rmtree"))
             try:
