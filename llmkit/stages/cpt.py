@@ -23,7 +23,7 @@ class Recipe(TrainingRecipe):
         if self.data.format not in ("auto", "text"):
             yield Conflict("data.format", f"continued pre-training reads text, not {self.data.format}", hint)
         for key, source in self.data.sources():
-            if isinstance(source, SourceSettings) and source.format not in (None, "auto", "text"):
+            if isinstance(source, SourceSettings) and source.format not in (None, "text"):
                 message = f"continued pre-training reads text, not {source.format}"
                 yield Conflict(f"data.{key}.format", message, hint)
 
@@ -31,4 +31,6 @@ class Recipe(TrainingRecipe):
 def run(recipe: Recipe, ctx: RunContext) -> Result:
     from llmkit.training.run import train
 
-    return train(recipe, ctx, stage="cpt", adapter=recipe.adapter)
+    # Detection would take conversations for what they are, and learn their answers only.
+    as_text = recipe.model_copy(update={"data": recipe.data.model_copy(update={"format": "text"})})
+    return train(as_text, ctx, stage="cpt", adapter=recipe.adapter)
