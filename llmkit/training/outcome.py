@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit.context import RunContext
 from llmkit.data.render import Renderer
+from llmkit.data.sources import Source, eval_sources, train_sources
 from llmkit.data.store import TokenStore
 from llmkit.errors import StoppedEarly
 from llmkit.inference.generate import Generator
@@ -122,11 +123,19 @@ def describe_inputs(recipe: TrainingRecipe, ctx: RunContext, model: Any, report:
     if recipe.model.init == "pretrained":
         tags["model.digest"] = model_digest(find_folder(recipe.model.name_or_path, recipe.model.revision))
     ctx.tracker.tags(tags | {"model.parameters": str(count.all), "model.trainable": str(count.trainable)})
+    held_out = _files(eval_sources(recipe.data)) - _files(train_sources(recipe.data))
     for name, digest in report.get("digests", {}).items():
-        ctx.tracker.dataset(Path(name).name, digest, name, "train", report.get("train", {}))
+        context = "eval" if name in held_out else "train"
+        ctx.tracker.dataset(Path(name).name, digest, name, context, report.get(context) or {})
     for file in ("data_report.json", "token_lengths.png"):
         if (ctx.output_dir / file).exists():
             ctx.tracker.artifact(ctx.output_dir / file)
+
+
+def _files(sources: Sequence[Source]) -> set[str]:
+    """What they read, by the names that ``data.sources.digest`` gives."""
+    hub = {f"{source.path}@{source.split}" for source in sources if source.is_hub}
+    return hub | {file for source in sources for file in source.files()}
 
 
 def export(

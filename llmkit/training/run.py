@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from llmkit.context import Result, RunContext
 from llmkit.data.prepare import prepare, prepare_eval
 from llmkit.data.render import Renderer
+from llmkit.data.sources import digest
 from llmkit.data.store import TokenStore
 from llmkit.data.stream import TokenStream
 from llmkit.errors import StoppedEarly, UsageError
@@ -125,7 +126,7 @@ def _read(recipe: TrainingRecipe, renderer: Renderer, ctx: RunContext) -> Data:
         return Data(made.train, made.eval, made.report)
     held_out = prepare_eval(recipe.data, renderer, **common)
     stream = TokenStream(recipe.data, renderer, recipe.seed, rank=ctx.rank, world_size=ctx.world_size)
-    return Data(None, held_out, {"streaming": True}, stream)
+    return Data(None, held_out, {"streaming": True, "digests": digest(recipe.data) if ctx.is_main else {}}, stream)
 
 
 def _trainer(

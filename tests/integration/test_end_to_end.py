@@ -132,8 +132,16 @@ def test_mistakes_in_data_and_model(run_llmkit: RunLlmkit, recipe: Path, tmp_pat
 
 def test_cpt_on_plain_text(run_llmkit: RunLlmkit, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": r["completion"] * 5}) + "\n" for r in ROWS))
-    done = run_llmkit("cpt", recipe, "data.train=text.jsonl", "data.format=text", "train.max_steps=3")
+    answers = run_llmkit("cpt", recipe)  # prompts and completions: every token of a text is learned, not an answer
+    assert answers.code == 3, answers.stderr
+    assert "text" in answers.stderr
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": ROWS[0]["prompt"] * 5}) + "\n")
+    done = run_llmkit("cpt", recipe, "data.train=text.jsonl", "data.eval=held.jsonl", "train.max_steps=3")
     assert done.code == 0, done.stderr
+    events = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert {(e["name"], e["context"]) for e in events if e["event"] == "dataset"} == {
+        ("text.jsonl", "train"), ("held.jsonl", "eval"),
+    }  # fmt: skip
     assert (tmp_path / "out" / "model" / "config.json").is_file()
 
 
