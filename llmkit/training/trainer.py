@@ -115,11 +115,12 @@ class LlmkitTrainer(Trainer):
         return total * self.ctx.world_size
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Refuse to step on gradients that are not finite; a loss scaler handles its own."""
+        """Refuse to step on a loss or gradients that are not finite; gradients of a loss scaler are its own business."""
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         scaled = self.args.fp16 and self.accelerator.scaler is not None
-        if norm is not None and not scaled and not math.isfinite(float(norm) + self._step_loss):
-            self._stop_at_non_finite(float(norm))
+        finite = math.isfinite(self._step_loss) and (scaled or norm is None or math.isfinite(float(norm)))
+        if not finite:
+            self._stop_at_non_finite(math.nan if norm is None else float(norm))
         return norm
 
     def _stop_at_non_finite(self, norm: float) -> None:
