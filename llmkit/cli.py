@@ -69,7 +69,7 @@ def build_app() -> typer.Typer:
     """The whole command line, one command for each of STAGES and the few that are not stages."""
     app = typer.Typer(
         name="llmkit",
-        help="Fine-tune and distil language models from a recipe.",
+        help="Fine-tune language models from a recipe.",
         epilog=EPILOG,
         no_args_is_help=True,
         rich_markup_mode=None,  # rich would double the time that --help takes
@@ -212,7 +212,10 @@ def chat(
         str | None, typer.Option(metavar="TEXT", help="Answer this and leave.", show_default=False)
     ] = None,
     system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="System message of the conversation.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="System message; the run's own (data.system) when left out.", show_default=False
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmkit.data.render import Renderer
-from llmkit.errors import DataError, MissingError
+from llmkit.errors import DataError, MissingError, UsageError
 from llmkit.inference.chat import Conversation, chat_loop
 from llmkit.inference.generate import Generator, Sampling, load_for_inference
 
@@ -47,6 +47,23 @@ def test_commands_are_obeyed_and_unknown_ones_explained(tiny_llama: Path) -> Non
     for expected in ("/reset forgets", "system message set", "a new conversation", "/nonsense is no command"):
         assert expected in said
     assert said.count("> ") == 5
+
+
+def test_a_run_is_asked_with_the_system_message_it_was_trained_with(tiny_llama: Path, tmp_path: Path) -> None:
+    """[7]: the prompt is the training's, whatever ``data.system`` was; ``--system`` wins."""
+    (tmp_path / "model").symlink_to(tiny_llama)
+    (tmp_path / "recipe.yaml").write_text("data: {train: rows.jsonl, system: Answer in one word.}\n")
+
+    def said(path: Path, system: str | None) -> str:
+        out = io.StringIO()
+        chat_loop(path, prompt="Hi", system=system, out=out, max_new_tokens=8)
+        return out.getvalue()
+
+    assert said(tmp_path, None) == said(tiny_llama, "Answer in one word.") != said(tiny_llama, None)
+    assert said(tmp_path, "") == said(tiny_llama, None)
+    (tmp_path / "recipe.yaml").write_text("data: [\n")
+    with pytest.raises(UsageError, match=r"recipe\.yaml is not the recipe of a run"):
+        said(tmp_path, None)
 
 
 def test_the_end_of_input_leaves(tiny_llama: Path) -> None:
