@@ -25,6 +25,7 @@ from llmkit.progress import open_progress, quiet_libraries
 from llmkit.ranks import Meeting, Ranks
 from llmkit.recipe import Recipe, dump
 from llmkit.rundir import Finding
+from llmkit.secrets import mask
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -208,7 +209,7 @@ def _record_failure(
     else:
         text, code = describe_bug(exc, prepared.folder), EXIT_BUG
     result = Result(
-        stage=prepared.stage, name=prepared.recipe.name, output_dir=prepared.folder, status=status, error=text,
+        stage=prepared.stage, name=prepared.recipe.name, output_dir=prepared.folder, status=status, error=mask(text),
         exit_code=code, run_id=tracker.run_id if tracker else None, finished_at=_now(),
     )  # fmt: skip
     try:

@@ -216,6 +216,15 @@ def test_failures_are_recorded_and_the_next_start_is_normal(
         runner.run(make(end=end), "toy")
 
 
+def test_no_secret_of_a_message_reaches_the_result(make: Make, tmp_path: Path) -> None:
+    """[34]"""
+    with pytest.raises(MissingError):
+        runner.run(make(end="secret"), "toy")
+    text = (tmp_path / "out" / "result.json").read_text()
+    assert "s3cr3tpw" not in text
+    assert "https://***@host/rows.jsonl cannot be reached" in text
+
+
 def test_signal_handlers_are_restored_and_left_alone_in_threads() -> None:
     before = [signal.getsignal(s) for s in runner.SIGNALS]
     stop = StopFlag()

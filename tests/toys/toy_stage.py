@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmkit.context import Result, RunContext
 from llmkit.data.settings import DataSettings
-from llmkit.errors import DataError, GateError, StoppedEarly
+from llmkit.errors import DataError, GateError, MissingError, StoppedEarly
 from llmkit.recipe import Recipe as Base
 
 
@@ -64,6 +64,8 @@ def _end(how: str, ctx: RunContext) -> None:
             file.write("x" * 100_000)
     if how == "missing":
         import vllm  # noqa: F401  not installed where the tests run
+    if how == "secret":
+        raise MissingError("https://me:s3cr3tpw@host/rows.jsonl cannot be reached")
     if how == "bug":
         json.loads("{'secret of the bug")
     if how == "interrupt":
