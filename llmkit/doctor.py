@@ -201,12 +201,15 @@ def _connect(host: str, port: int) -> str | None:
 def missing(report: Report) -> list[Report]:
     """One entry for each stage that cannot run: what it lacks and the command that brings it."""
     found = []
-    extras = report.get("extras", {})
+    extras, torch = report.get("extras", {}), report.get("torch", {})
     for stage in STAGES:
         for extra in NEEDS.get(stage, ()):
             lacking = extras.get(extra, {}).get("missing", [])
             if lacking:
                 found.append({"stage": stage, "lacks": lacking, "command": f"pip install 'llmkit[{extra}]'"})
+            elif extra == "train" and "problem" in torch:
+                again = "pip install --force-reinstall --no-deps torch"
+                found.append({"stage": stage, "lacks": ["a torch that works"], "command": again})
     return found
 
 
@@ -279,7 +282,7 @@ def _extras_text(extras: Report) -> list[str]:
 
 
 def _missing_text(found: list[Report]) -> list[str]:
-    return [f"{m['stage']} cannot run: {', '.join(m['lacks'])} not installed. {m['command']}" for m in found]
+    return [f"{m['stage']} cannot run: {', '.join(m['lacks'])} is missing. {m['command']}" for m in found]
 
 
 def _gb(size: int) -> float:

@@ -48,7 +48,7 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
         "stage": "sft", "lacks": ["peft", "torch"], "command": "pip install 'llmkit[train]'"
     }  # fmt: skip
     assert "torch       problem: not installed" in text
-    assert "sft cannot run: peft, torch not installed. pip install 'llmkit[train]'" in text
+    assert "sft cannot run: peft, torch is missing. pip install 'llmkit[train]'" in text
 
 
 def test_a_probe_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, offline: None) -> None:
@@ -69,6 +69,13 @@ def test_torch_that_dies_or_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(doctor, "TORCH_PROBE", "import time; time.sleep(60)")
     monkeypatch.setattr(doctor, "TORCH_SECONDS", 1)
     assert "more than 1 s" in doctor._torch()["problem"]
+
+
+def test_a_broken_torch_stops_every_stage(monkeypatch: pytest.MonkeyPatch, offline: None) -> None:
+    monkeypatch.setattr(doctor, "TORCH_PROBE", "raise OSError('libcuda.so.1 is broken')")
+    report = doctor.examine()
+    assert [m["stage"] for m in report["missing"]] == list(STAGES)
+    assert "sft cannot run: a torch that works is missing. pip install --force-reinstall" in doctor.as_text(report)
 
 
 def test_tracking_server_reachable_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
