@@ -33,7 +33,7 @@ def stage(
     dry_run: bool,
 ) -> Reply:
     """``llmkit <stage> RECIPE``: read, prepare, launch."""
-    _known(launcher, launch.LAUNCHERS, "launcher", "--launcher ")
+    _known(launcher, launch.LAUNCHERS, "launcher", "--launcher: ")
     changes = [*overrides, *([f"output_dir={runner.quoted(output_dir)}"] if output_dir is not None else [])]
     for change in overrides:
         if "=" not in change or change.startswith("="):

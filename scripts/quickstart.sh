@@ -16,7 +16,7 @@ fi
 scripts/setup.sh
 .venv/bin/python scripts/fetch_demo_model.py ${fetch[@]+"${fetch[@]}"}
 .venv/bin/python scripts/make_docs_corpus.py
-# Threads that wait must sleep: spinning ones make a machine on which something else runs ten times slower.
+# Threads that wait must sleep: spinning ones take the cores from whatever else runs on the machine.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 .venv/bin/llmkit sft recipes/sft/quickstart.yaml "$@"
 echo "  (llmkit and mlflow are in .venv/bin: \`source .venv/bin/activate\` puts them on your PATH)"

@@ -1,6 +1,7 @@
 """Answer prompts with a transformers model: greedy or sampled, one by one or in a batch, as text or as a stream.
 
-The loop is our own: for a small model on a CPU the general one of transformers takes longer than the model.
+The loop is our own, so that prompts are the renderer's ids, one answer and its stream are the same code, a batch of
+one has no padding and no mask, and a model in the middle of its training can be asked.
 """
 
 from __future__ import annotations
