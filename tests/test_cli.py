@@ -127,6 +127,7 @@ def test_usage_mistakes_end_with_2_and_no_traceback(cli: Cli, toy_recipe: Path, 
     ],
 )  # fmt: skip
 def test_exit_codes(cli: Cli, toy_recipe: Path, tmp_path: Path, end: str, code: int, said: str) -> None:
+    """[26]: a failure never ends with 0."""
     done = cli("toy", toy_recipe, f"end={end}")
     assert done.returncode == code, done.stderr
     assert said in done.stderr

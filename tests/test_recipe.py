@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused, and in which words."""
+"""Recipes: what is read, what is refused [25], and in which words; secrets [34]."""
 
 from __future__ import annotations
 

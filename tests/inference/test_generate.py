@@ -63,7 +63,7 @@ def test_an_answer_ends_at_a_stop_token_which_is_not_shown(tiny_llama: Path) -> 
 
 
 def test_the_prompt_is_the_renderers(tiny_llama: Path) -> None:
-    """Issues LLaMA-Factory #8720, unsloth #1832: one renderer for training and inference."""
+    """[7], issues LLaMA-Factory #8720, unsloth #1832: one renderer for training and inference."""
     generator = _generator(tiny_llama, system="Be brief.")
     ids = generator.prompt_ids(_messages("Hi"))
     assert ids == generator.renderer.prompt(_messages("Hi"))

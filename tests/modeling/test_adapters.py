@@ -63,7 +63,7 @@ def _run(source: Path, folder: Path, settings: AdapterSettings, **model: Any) ->
 def test_saved_reopened_and_merged_adapters_answer_alike(
     source: str, kind: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Issues peft #2321, #2898 and unsloth-zoo #810: DoRA, tied embeddings, modules trained in full."""
+    """[20], [21], issues peft #2321, #2898 and unsloth-zoo #810: DoRA, tied embeddings, modules trained in full."""
     folder: Path = request.getfixturevalue(source)
     settings = AdapterSettings(**{"r": 4, "lora_alpha": 8.0} | kind)
     peft_model, tokenizer, run = _run(folder, tmp_path / "run", settings)
@@ -86,6 +86,7 @@ def test_saved_reopened_and_merged_adapters_answer_alike(
 
 
 def test_merging_a_run_leaves_a_complete_model_and_says_which_base(tiny_qwen: Path, tmp_path: Path) -> None:
+    """[20]"""
     settings = AdapterSettings(r=4, use_dora=True, modules_to_save=["lm_head"])
     peft_model, tokenizer, run = _run(tiny_qwen, tmp_path / "run", settings)
     probe = take_probe(peft_model, tokenizer)

@@ -1,4 +1,4 @@
-"""What is exported is reopened in a fresh process and is what was trained."""
+"""[18]: what is exported is reopened in a fresh process and is what was trained."""
 
 from __future__ import annotations
 

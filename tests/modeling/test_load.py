@@ -99,7 +99,7 @@ def test_an_attention_kernel_that_is_not_installed_is_missing(tiny_llama: Path) 
 def test_new_tokens_get_rows_and_tied_embeddings_stay_tied(
     name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Issues LLaMA-Factory #6749, peft #2898."""
+    """[21], issues LLaMA-Factory #6749, peft #2898."""
     source: Path = request.getfixturevalue(name)
     tokenizer = load_tokenizer(ModelSettings(name_or_path=str(source)))
     tokenizer.add_tokens([f"<extra-{i}>" for i in range(100)])
@@ -117,6 +117,7 @@ def test_new_tokens_get_rows_and_tied_embeddings_stay_tied(
 
 
 def test_a_padding_row_that_is_also_eos_is_trained(tiny_llama: Path) -> None:
+    """[5]: torch gives the padding row of an embedding no gradient."""
     settings = ModelSettings(name_or_path=str(tiny_llama))
     tokenizer = load_tokenizer(settings)
     tokenizer.pad_token = tokenizer.eos_token

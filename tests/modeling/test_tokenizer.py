@@ -82,7 +82,7 @@ def test_stop_tokens_are_the_turn_end_eos_and_the_configured_ones(tiny_llama: Pa
 
 
 def test_a_base_model_learns_the_turn_end_of_its_template(tiny_llama: Path) -> None:
-    """Issue LLaMA-Factory #7454: the base's eos is not what ends a chat turn."""
+    """[5], issue LLaMA-Factory #7454: the base's eos is not what ends a chat turn."""
     settings = ModelSettings(name_or_path=str(tiny_llama), init="from_config")
     tokenizer = load_tokenizer(settings)
     tokenizer.eos_token = "<|endoftext|>"

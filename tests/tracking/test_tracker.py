@@ -1,4 +1,4 @@
-"""The tracker without a server: nothing blocks, nothing is lost, nothing heavy is imported."""
+"""[27], the tracker without a server: nothing blocks, nothing is lost, nothing heavy is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The objective that is chosen gives the model's own loss, by the leanest way that the model allows."""
+"""The objective that is chosen gives the model's own loss, by the leanest way that the model allows: the model is asked,
+its class and version are not looked at [33]."""
 
 from __future__ import annotations
 
