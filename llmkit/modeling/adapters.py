@@ -2,8 +2,8 @@
 
 Types. An adapter's weights are float32 whatever the base is: AdamW moves them by about the learning rate, which is
 less than bfloat16 can tell from zero beside weights of that size. They are used in the type of the layer's input, as
-mixed precision does: PEFT's own way, to cast the input up and multiply in float32, reads and keeps several times the
-memory and is slower on every device.
+mixed precision does. PEFT's own way, to cast the input up and multiply in float32, keeps a float32 copy of every input
+for the backward pass.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ The rows of a micro-batch lie end to end in one sequence ``[1, tokens]``, so the
 long each is. transformers hands the keyword ``segments`` down from the model's forward to the attention function
 (its AttentionInterface), which is where ours is registered under :data:`NAME`.
 
-On a CPU the scores of a row are computed by batched matrix products and recomputed in the backward pass: PyTorch's
-fused CPU kernel is three to eight times slower in its backward pass at the lengths that fine-tuning sees
-(``benchmarks/train_throughput.py``). On a GPU PyTorch's own variable-length flash kernel is used where it has one.
+On a CPU the scores of a row are computed by batched matrix products and recomputed in the backward pass: forward and
+backward together that takes less time than PyTorch's fused CPU kernel for rows of 64 to 256 tokens, and about as much at
+512 (``benchmarks/attention.py``). On a GPU PyTorch's own variable-length flash kernel is used where it has one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Faster, leaner forward and backward passes for the layers that most decoders share, on the CPU.
 
-In eager mode the small operations around the matrix products (norms, gates, rotations) take more time on a CPU than the
-products, and each keeps its own copies for the backward pass. The functions here do the same arithmetic in fewer
+In eager mode the small operations around the matrix products (norms, gates, rotations) are many passes over memory, and
+each keeps its own copies for the backward pass. The functions here do the same arithmetic in fewer
 passes and keep only their inputs. A layer is replaced only after it was compared with its replacement, forward and
 backward, on random input: what is not the same is left alone.
 """
