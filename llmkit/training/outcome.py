@@ -14,9 +14,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.context import RunContext
+from llmkit.data.prepare import HISTOGRAM, REPORT
 from llmkit.data.render import Renderer
-from llmkit.data.sources import Source, eval_sources, train_sources
+from llmkit.data.report import write_json
+from llmkit.data.sources import Source, digest, eval_sources, train_sources
 from llmkit.data.store import TokenStore
+from llmkit.data.stream import TokenStream
 from llmkit.errors import StoppedEarly
 from llmkit.inference.generate import Generator
 from llmkit.modeling.export import save_adapter, save_model, verify
@@ -124,12 +127,39 @@ def describe_inputs(recipe: TrainingRecipe, ctx: RunContext, model: Any, report:
         tags["model.digest"] = model_digest(find_folder(recipe.model.name_or_path, recipe.model.revision))
     ctx.tracker.tags(tags | {"model.parameters": str(count.all), "model.trainable": str(count.trainable)})
     held_out = _files(eval_sources(recipe.data)) - _files(train_sources(recipe.data))
-    for name, digest in report.get("digests", {}).items():
+    for name, fingerprint in report.get("digests", {}).items():
         context = "eval" if name in held_out else "train"
-        ctx.tracker.dataset(Path(name).name, digest, name, context, report.get(context) or {})
-    for file in ("data_report.json", "token_lengths.png"):
+        ctx.tracker.dataset(Path(name).name, fingerprint, name, context, report.get(context) or {})
+    for file in (REPORT, HISTOGRAM):
         if (ctx.output_dir / file).exists():
             ctx.tracker.artifact(ctx.output_dir / file)
+
+
+def stream_inputs(recipe: TrainingRecipe, ctx: RunContext, held_out: TokenStore | None) -> dict[str, Any]:
+    """What is known of a streamed run's data before its first row; of the held-out rows, what their preparation found."""
+    if not ctx.is_main:
+        return {}
+    found: dict[str, Any] = {"streaming": True, "digests": digest(recipe.data), "sources": []}
+    if held_out is not None:
+        prepared = json.loads((ctx.output_dir / REPORT).read_text(encoding="utf-8"))
+        sources = [source | {"key": source["key"].replace("data.train", "data.eval")} for source in prepared["sources"]]
+        found |= {"eval": prepared["train"], "sources": sources}
+    return found
+
+
+def report_stream(recipe: TrainingRecipe, ctx: RunContext, report: dict[str, Any], stream: TokenStream) -> None:
+    """Say, write and record what became of the rows that this rank read since this start, each as often as it came up."""
+    if not ctx.is_main or not any(source.rows_read for source in stream.reports):
+        return  # a run that had only its export left keeps the report of its training
+    sources = [source.to_dict(recipe.data.on_too_long) for source in stream.reports]
+    for source in sources:
+        if source["rows_dropped"] or source["rows_truncated"]:
+            ctx.progress.note(
+                f"{source['key']}: of {source['rows_read']:,} rows read, {source['rows_dropped']:,} were left out and"
+                f" {source['rows_truncated']:,} cut; {REPORT} lists them"
+            )
+    write_json(ctx.output_dir / REPORT, report | {"sources": sources + report["sources"]})
+    ctx.tracker.artifact(ctx.output_dir / REPORT)
 
 
 def _files(sources: Sequence[Source]) -> set[str]:

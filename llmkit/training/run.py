@@ -16,7 +16,6 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from llmkit.context import Result, RunContext
 from llmkit.data.prepare import prepare, prepare_eval
 from llmkit.data.render import Renderer
-from llmkit.data.sources import digest
 from llmkit.data.store import TokenStore
 from llmkit.data.stream import TokenStream
 from llmkit.errors import StoppedEarly, UsageError
@@ -42,7 +41,16 @@ from llmkit.training.lora_layer import lean_adapters
 from llmkit.training.meter import Meter, peak_memory
 from llmkit.training.noise import noisy_embeddings
 from llmkit.training.objective import choose
-from llmkit.training.outcome import Before, answers, describe_inputs, export, sample_prompts, show_curves
+from llmkit.training.outcome import (
+    Before,
+    answers,
+    describe_inputs,
+    export,
+    report_stream,
+    sample_prompts,
+    show_curves,
+    stream_inputs,
+)  # fmt: skip
 from llmkit.training.settings import TrainingRecipe
 from llmkit.training.trainer import LlmkitTrainer, Watch, clear_leftovers
 
@@ -87,6 +95,8 @@ def train(recipe: TrainingRecipe, ctx: RunContext, *, stage: str, adapter: Adapt
             lean.enter_context(lean_adapters(model))
         loss_before = before.held_out(trainer)
         _go(ctx, trainer)
+        if data.stream is not None:
+            report_stream(recipe, ctx, data.report, data.stream)
         if watch.stopped:
             raise StoppedEarly(_stopped(ctx, trainer, watch.stopped))
         _take_best(recipe, ctx, trainer)
@@ -126,7 +136,7 @@ def _read(recipe: TrainingRecipe, renderer: Renderer, ctx: RunContext) -> Data:
         return Data(made.train, made.eval, made.report)
     held_out = prepare_eval(recipe.data, renderer, **common)
     stream = TokenStream(recipe.data, renderer, recipe.seed, rank=ctx.rank, world_size=ctx.world_size)
-    return Data(None, held_out, {"streaming": True, "digests": digest(recipe.data) if ctx.is_main else {}}, stream)
+    return Data(None, held_out, stream_inputs(recipe, ctx, held_out), stream)
 
 
 def _trainer(

@@ -292,6 +292,32 @@ def test_options_train_to_the_end(stage: str, name: str, tiny_llama: Path, tmp_p
 
 
 @pytest.mark.usefixtures("fast")
+def test_rows_that_a_stream_leaves_out_are_said_listed_and_tracked(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """[2], [1]: also where nothing is prepared up front."""
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text(json.dumps(SUMS[0]) + "\n")
+    base = recipe(tmp_path, tiny_llama, max_steps=2, data={
+        "streaming": True, "shuffle": False, "on_bad_row": "drop", "on_too_long": "drop", "eval": str(held_out),
+    })  # fmt: skip
+    rows = tmp_path / "rows.jsonl"
+    long = json.dumps({"prompt": "a", "completion": "b " * 300})
+    rows.write_text('{"prompt": \n' + long + "\n" + rows.read_text())
+    api.run("sft", base)
+    assert "left out" in capsys.readouterr().err
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    train, eval_ = report["sources"]
+    assert (train["key"], eval_["key"]) == ("data.train", "data.eval")
+    assert train["bad"][0]["first"][0].endswith("rows.jsonl:1")
+    assert train["too_long"][0]["row"].endswith("rows.jsonl:2")
+    assert report["eval"]["rows"] == 1
+    events = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [e["context"] for e in events if e["event"] == "dataset"] == ["train", "eval"]
+    assert events[-1]["event"] == "status"
+
+
+@pytest.mark.usefixtures("fast")
 def test_checkpointed_activations_change_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     base = recipe(tmp_path, tiny_llama)
     run(base, "kept")
