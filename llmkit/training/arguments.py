@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -34,10 +36,12 @@ def training_arguments(
 ) -> TrainingArguments:
     """``folder`` holds the checkpoints; ``steps`` is the length of the run.
 
-    Raises MissingError without Liger, UsageError for arguments that the schedule does not take.
+    Raises MissingError without Liger or a compiler, UsageError for arguments that the schedule does not take.
     """
     if train.use_liger_kernel:
         _check_liger()
+    if train.torch_compile:
+        _check_compiler()
     warmup = train.warmup_steps or math.ceil(train.warmup_ratio * steps)
     _check_schedule(train, warmup, steps)
     given = {name: getattr(train, name) for name in SAME_NAME}
@@ -88,3 +92,13 @@ def _check_liger() -> None:
         raise MissingError("train.use_liger_kernel: its kernels need a GPU, and there is none here.")
     if find_spec("liger_kernel") is None:
         raise MissingError("train.use_liger_kernel: install the package with: pip install liger-kernel")
+
+
+def _check_compiler() -> None:
+    """torch.compile builds C++ on a CPU; on a GPU Triton brings its own."""
+    names = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
+    if not torch.cuda.is_available() and not any(shutil.which(name) for name in names if name):
+        raise MissingError(
+            "train.torch_compile: on a CPU it needs a C++ compiler, and none was found (g++, clang++ or CXX). "
+            "Install one (Debian and Ubuntu: apt install g++) or set train.torch_compile: false."
+        )

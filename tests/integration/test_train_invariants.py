@@ -271,6 +271,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fp16 with loss scaling": {"train.fp16": True},
     "full determinism": {"train.full_determinism": True},
     "half an epoch": {"train.num_train_epochs": 0.5},
+    "torch.compile": {"train.torch_compile": True, "train.max_steps": 2},
 }
 
 
@@ -280,10 +281,12 @@ LORA_TOO = ("gradient checkpointing", "neftune", "bf16 autocast", "streaming")
 @pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize(("stage", "name"), [("sft", name) for name in OPTIONS] + [("lora", name) for name in LORA_TOO])
 def test_options_train_to_the_end(stage: str, name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    if name == "torch.compile" and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler on this machine")
     base = recipe(tmp_path, tiny_llama, num_train_epochs=3)
     result = api.run(stage, base, OPTIONS[name])
     curve = history(tmp_path / "out")
-    planned = {"streaming": 7, "streaming, packed": 7, "half an epoch": 3}.get(name, 18)
+    planned = {"streaming": 7, "streaming, packed": 7, "half an epoch": 3, "torch.compile": 2}.get(name, 18)
     assert result.metrics["steps"] == len(curve) == planned
     assert all(value > 0 for value in curve.values())
     if planned > 10 and name != "sgd":

@@ -112,3 +112,11 @@ def test_liger_is_asked_for_before_training(tmp_path: Path) -> None:
     train = TrainSettings(use_liger_kernel=True)
     with pytest.raises(MissingError, match=r"GPU|pip install liger-kernel"):
         training_arguments(train, folder=tmp_path, seed=0, steps=1, evaluates=False)
+
+
+def test_a_compiler_is_asked_for_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(MissingError, match=r"train\.torch_compile: .* C\+\+ compiler"):
+        training_arguments(TrainSettings(torch_compile=True), folder=tmp_path, seed=0, steps=1, evaluates=False)
