@@ -24,6 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 NAME = "llmkit_varlen"
 QUERY_BLOCK = 128
 """Queries scored at once: bounds the scores held to ``heads * 128 * length`` and skips most of the masked half."""
+ROUND = 32
+"""Positions of which a block takes a multiple."""
 
 Segments = tuple[int, ...]
 
@@ -38,9 +40,8 @@ class _RowAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         out = torch.empty_like(q)
         for block in _blocks(segments, window):
-            rows, keys = block.rows, block.keys
             probs = _probabilities(q, k, block)
-            out[:, rows] = torch.bmm(probs, v[:, keys]).view(q.shape[0], -1, v.shape[-1])
+            block.put(out, torch.bmm(probs, v[:, block.keys]))
         return out
 
     @staticmethod
@@ -52,63 +53,84 @@ class _RowAttention(torch.autograd.Function):
         dk = torch.zeros(k.shape, dtype=torch.float32)
         dv = torch.zeros(v.shape, dtype=torch.float32)
         for block in _blocks(ctx.segments, ctx.window):
-            rows, keys = block.rows, block.keys
+            keys = block.keys
             probs = _probabilities(q, k, block)
-            grad_rows, q_rows = _grouped(grad, k.shape[0], rows), _grouped(q, k.shape[0], rows)
+            grad_rows, q_rows = block.take(grad, k.shape[0], only_real=True), block.take(q, k.shape[0])
             dv[:, keys] += torch.bmm(probs.transpose(1, 2), grad_rows)
             dprobs = torch.bmm(grad_rows, v[:, keys].transpose(1, 2))
             dscores = torch._softmax_backward_data(dprobs, probs, -1, q.dtype)
-            dq[:, rows] = torch.bmm(dscores, k[:, keys]).view(q.shape[0], -1, q.shape[-1])
+            block.put(dq, torch.bmm(dscores, k[:, keys]))
             dk[:, keys] += torch.bmm(dscores.transpose(1, 2), q_rows)
         return dq.mul_(ctx.scale), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 class _Block:
-    """Some queries of one segment and the keys that they may see."""
+    """Some queries of one segment and the keys that they may see.
 
-    __slots__ = ("keys", "rows", "window")
+    Both are rounded up to ``ROUND`` positions where the sequence is long enough: the matrix library compiles a kernel for
+    every shape that it meets, and keeps it. Queries beyond ``real`` belong to the next segment; what is computed for them
+    is dropped, and keys ahead of a query are masked anyway.
+    """
 
-    def __init__(self, start: int, first: int, last: int, window: int) -> None:
+    __slots__ = ("keys", "offset", "real", "rows", "window")
+
+    def __init__(self, start: int, first: int, last: int, window: int, end: int) -> None:
         lowest = max(0, first - window + 1) if window else 0
-        self.rows = slice(start + first, start + last)
-        self.keys = slice(start + lowest, start + last)
+        self.real = last - first
+        self.rows = slice(start + first, min(start + first + _up(last - first), end))
+        self.keys = slice(start + lowest, min(start + lowest + _up(last - lowest), end))
+        self.offset = first - lowest
         self.window = window
+
+    def take(self, x: Tensor, kv_heads: int, *, only_real: bool = False) -> Tensor:
+        """``[heads, tokens, dim]`` → ``[kv_heads, heads / kv_heads * rows, dim]``: one product a group of query heads."""
+        rows = x[:, self.rows]
+        if only_real and rows.shape[1] > self.real:
+            rows = rows.clone()
+            rows[:, self.real :] = 0
+        return rows.reshape(kv_heads, -1, x.shape[-1])
+
+    def put(self, out: Tensor, grouped: Tensor) -> None:
+        """The inverse of ``take``, for the real rows."""
+        rows = grouped.view(out.shape[0], -1, out.shape[-1])
+        out[:, self.rows.start : self.rows.start + self.real] = rows[:, : self.real]
+
+
+def _up(count: int) -> int:
+    return -(-count // ROUND) * ROUND
 
 
 def _blocks(segments: Segments, window: int) -> Iterator[_Block]:
-    start = 0
+    start, end = 0, sum(segments)
     for length in segments:
         for first in range(0, length, QUERY_BLOCK):
-            yield _Block(start, first, min(first + QUERY_BLOCK, length), window)
+            yield _Block(start, first, min(first + QUERY_BLOCK, length), window, end)
         start += length
-
-
-def _grouped(x: Tensor, kv_heads: int, rows: slice) -> Tensor:
-    """``[heads, tokens, dim]`` → ``[kv_heads, heads / kv_heads * rows, dim]``: one product a group of query heads."""
-    return x[:, rows].reshape(kv_heads, -1, x.shape[-1])
 
 
 def _probabilities(q: Tensor, k: Tensor, block: _Block) -> Tensor:
     """Softmax of the masked scores of scaled queries, ``[kv_heads, group * queries, keys]``."""
     queries, keys = block.rows.stop - block.rows.start, block.keys.stop - block.keys.start
-    scores = torch.bmm(_grouped(q, k.shape[0], block.rows), k[:, block.keys].transpose(1, 2))
-    scores.view(-1, queries, keys).add_(_mask(queries, keys, block.window, q.dtype))
+    scores = torch.bmm(block.take(q, k.shape[0]), k[:, block.keys].transpose(1, 2))
+    scores.view(-1, queries, keys).add_(_mask(queries, keys, block.offset, block.window, q.dtype))
     return torch.softmax(scores, -1)
 
 
-_MASKS: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+_MASKS: dict[tuple[int, int, int, int, torch.dtype], Tensor] = {}
 
 
-def _mask(queries: int, keys: int, window: int, dtype: torch.dtype) -> Tensor:
-    """0 where the last ``queries`` of ``keys`` positions may look, else minus infinity."""
-    found = _MASKS.get((queries, keys, window, dtype))
+def _mask(queries: int, keys: int, offset: int, window: int, dtype: torch.dtype) -> Tensor:
+    """0 where a query may look, else minus infinity; the first query stands at key ``offset``."""
+    shape = (queries, keys, offset, window, dtype)
+    found = _MASKS.get(shape)
     if found is None:
-        ahead = torch.arange(keys)[None] - (torch.arange(queries)[:, None] + keys - queries)
+        ahead = torch.arange(keys)[None] - (torch.arange(queries)[:, None] + offset)
         hidden = (ahead > 0) | ((ahead <= -window) if window else torch.zeros((), dtype=torch.bool))
+        hidden[hidden.all(1)] = False  # only a query that is dropped sees nothing: its softmax must stay finite
         found = torch.zeros(queries, keys, dtype=dtype).masked_fill_(hidden, float("-inf"))
         if len(_MASKS) > 256:
             _MASKS.clear()
-        _MASKS[(queries, keys, window, dtype)] = found
+        _MASKS[shape] = found
     return found
 
 
@@ -142,7 +164,7 @@ def _by_rows(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, 
     out, start = [], 0
     for length in segments:
         part = slice(start, start + length)
-        mask = _mask(length, length, window, q.dtype).to(q.device) if window and window < length else None
+        mask = _mask(length, length, 0, window, q.dtype).to(q.device) if window and window < length else None
         out.append(
             nn.functional.scaled_dot_product_attention(
                 q[None, :, part], k[None, :, part], v[None, :, part], attn_mask=mask, is_causal=mask is None,

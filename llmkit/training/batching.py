@@ -22,6 +22,8 @@ from llmkit.data.store import TokenStore
 from llmkit.data.stream import TokenStream
 
 IGNORE = -100
+ROUND = 32
+"""Flat sequences are a multiple of this long."""
 Bin = NDArray[np.int64]
 TokenRow = tuple[str, NDArray[np.int32], NDArray[np.int32]]
 
@@ -91,6 +93,9 @@ class Layout:
             yield group
 
     def _flat(self, rows: list[TokenRow]) -> Part:
+        tokens = sum(len(ids) for _, ids, _ in rows)
+        if filler := -tokens % ROUND:  # a row of padding at the end: few lengths, few kernels
+            rows = [*rows, ("", np.full(filler, self.pad_id, np.int32), np.full(filler, IGNORE, np.int32))]
         ids = np.concatenate([ids for _, ids, _ in rows])
         targets = np.concatenate([_shifted(labels) for _, _, labels in rows])
         positions = np.concatenate([np.arange(len(ids)) for _, ids, _ in rows])
@@ -100,7 +105,7 @@ class Layout:
             "position_ids": torch.from_numpy(positions)[None],
             "segments": segments,
         }
-        return _part(inputs, targets, len(ids), len(ids))
+        return _part(inputs, targets, tokens, len(ids))
 
     def _padded(self, rows: list[TokenRow]) -> Part:
         ids = _pad([ids for _, ids, _ in rows], self.pad_id)

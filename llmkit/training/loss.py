@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at once: 32 MB in float32."""
 
+ROUND = 32
 CHUNK_ROWS = 256
 """Positions a chunk where the output layer is more than a linear one."""
 
@@ -40,14 +41,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = chunk_rows(weight.shape[0])
         for start in range(0, hidden.shape[0], size):
             part = slice(start, start + size)
-            h, y = hidden[part], target[part, None]
+            h, y = _rounded(hidden[part]), target[part, None]
+            real = y.shape[0]
             logits = nn.functional.linear(h, weight, bias)
             probs = torch.softmax(logits, -1, dtype=torch.float32)
-            total -= probs.gather(1, y).clamp_min(1e-38).log_().sum()
+            total -= probs[:real].gather(1, y).clamp_min(1e-38).log_().sum()
             grad = logits.copy_(probs)  # reuses the logits' memory, in their type
-            grad.scatter_add_(1, y, torch.full_like(y, -1, dtype=grad.dtype))
+            grad[:real].scatter_add_(1, y, torch.full_like(y, -1, dtype=grad.dtype))
+            grad[real:] = 0
             if dhidden is not None:
-                torch.mm(grad, weight, out=dhidden[part])
+                dhidden[part] = torch.mm(grad, weight)[:real]
             if dweight is not None:
                 dweight.addmm_(grad.t(), h)
             if dbias is not None:
@@ -62,8 +65,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Positions a chunk; at least 32, so that the matrix product stays one."""
-    return max(32, CHUNK_ELEMENTS // vocabulary)
+    """Positions a chunk: a multiple of ``ROUND``, so that the matrix library meets few shapes (see attention.py)."""
+    return max(ROUND, CHUNK_ELEMENTS // vocabulary // ROUND * ROUND)
+
+
+def _rounded(hidden: Tensor) -> Tensor:
+    """Rows of zeros added up to a multiple of ``ROUND``."""
+    return nn.functional.pad(hidden, (0, 0, 0, -hidden.shape[0] % ROUND))
 
 
 def linear_cross_entropy(

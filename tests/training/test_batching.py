@@ -160,8 +160,12 @@ def test_labels_are_shifted_and_never_cross_rows(shape: list[list[tuple[int, int
     sequences = sequences_of(shape)
     (part,) = Layout(flat=True, part_tokens=0, pad_id=0).batch(sequences).parts
     rows = [r for s in sequences for r in s]
-    assert part.inputs["segments"] == tuple(len(r[1]) for r in rows)
-    assert part.positions == part.tokens == part.inputs["input_ids"].numel() == len(part.targets)
+    lengths = [len(r[1]) for r in rows]
+    filler = -sum(lengths) % 32  # flat sequences are a multiple of 32 positions
+    assert part.inputs["segments"] == (*lengths, *([filler] if filler else []))
+    assert part.tokens == sum(lengths)
+    assert part.positions == part.tokens + filler == part.inputs["input_ids"].numel() == len(part.targets)
+    assert part.targets[part.tokens :].tolist() == [IGNORE] * filler
     start = 0
     for _, ids, labels in rows:
         here = slice(start, start + len(ids))
@@ -243,4 +247,4 @@ def test_a_stream_is_packed_in_its_order(packing: bool, rows_a_batch: list[int])
     made = iter(streamed_loader(StreamedBatches(stream, layout, size=2, packing=packing, max_length=10)))
     batch: Batch = next(made)
     assert len(batch.rows) == sum(rows_a_batch)
-    assert batch.parts[0].inputs["segments"] == ((4, 5, 8) if packing else (4, 5))
+    assert batch.parts[0].inputs["segments"] == ((4, 5, 8, 15) if packing else (4, 5, 23)), "filled up to 32 positions"
