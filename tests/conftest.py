@@ -29,6 +29,7 @@ for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
     os.environ.pop(_name, None)
 
 REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO / "tests" / "toys"))  # modules that tests share
 DEMO_MODEL = REPO / "models" / "smollm2-135m-instruct"
 
 # A test that skips on CI for another reason than these fails the run: a skip must never hide a broken set-up.

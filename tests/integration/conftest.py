@@ -98,3 +98,10 @@ def own_mlflow_server(tmp_path: Path) -> Iterator[MlflowServer]:
     server = MlflowServer(tmp_path / "server", free_port())
     yield server
     server.kill()
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The exported model is not opened again in a process of its own: other tests do that."""
+    monkeypatch.setattr("llmkit.training.outcome.verify", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
