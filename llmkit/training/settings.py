@@ -26,7 +26,7 @@ class TrainSettings(Settings):
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
     """Forward passes per optimizer step. The loss is the mean over all supervised tokens of the step."""
     micro_batch_tokens: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """Most tokens that go through the model at once: a larger batch is run in parts whose gradients add up to the same step, in less memory. ``auto`` is 512 on a CPU (its cache) and no limit on a GPU; 0 is no limit."""
+    """Most tokens that go through the model at once: a larger batch is run in parts whose gradients add up to the same step, in less memory. ``auto`` is 2,048 on a CPU and no limit on a GPU; 0 is no limit."""
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
         "cosine_with_min_lr", "warmup_stable_decay",
