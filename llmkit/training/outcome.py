@@ -62,11 +62,11 @@ def sample_prompts(store: TokenStore | None, tokenizer: PreTrainedTokenizerBase,
 
 
 def _question(ids: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the user said last: the longest text between special tokens near the prompt's end, for people to read."""
+    """What the user said last, for people to read: the last text between special tokens that is more than a role."""
     special = np.flatnonzero(np.isin(ids, tokenizer.all_special_ids))
-    parts = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in np.split(ids, special)]
-    longest = max([part for part in parts if part.strip()][-4:], key=len, default="")
-    return longest.strip().removeprefix("user\n").strip()
+    parts = [str(tokenizer.decode(part, skip_special_tokens=True)).strip() for part in np.split(ids, special)]
+    said = [part for part in parts if part and part not in ("assistant", "model", "user", "system")]
+    return said[-1].removeprefix("user\n").strip() if said else ""
 
 
 def answers(
