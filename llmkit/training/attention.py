@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from llmkit.training.shapes import rounded_up
+
 NAME = "llmkit_varlen"
 QUERY_BLOCK = 128
 """Queries scored at once: bounds the scores held to ``heads * 128 * length`` and skips most of the masked half."""
-ROUND = 32
-"""Positions of which a block takes a multiple."""
 
 Segments = tuple[int, ...]
 
@@ -77,8 +77,8 @@ class _Block:
     def __init__(self, start: int, first: int, last: int, window: int, end: int) -> None:
         lowest = max(0, first - window + 1) if window else 0
         self.real = last - first
-        self.rows = slice(start + first, min(start + first + _up(last - first), end))
-        self.keys = slice(start + lowest, min(start + lowest + _up(last - lowest), end))
+        self.rows = slice(start + first, min(start + first + rounded_up(last - first), end))
+        self.keys = slice(start + lowest, min(start + lowest + rounded_up(last - lowest), end))
         self.offset = first - lowest
         self.window = window
 
@@ -94,10 +94,6 @@ class _Block:
         """The inverse of ``take``, for the real rows."""
         rows = grouped.view(out.shape[0], -1, out.shape[-1])
         out[:, self.rows.start : self.rows.start + self.real] = rows[:, : self.real]
-
-
-def _up(count: int) -> int:
-    return -(-count // ROUND) * ROUND
 
 
 def _blocks(segments: Segments, window: int) -> Iterator[_Block]:

@@ -20,10 +20,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from llmkit.data.packing import best_fit
 from llmkit.data.store import TokenStore
 from llmkit.data.stream import TokenStream
+from llmkit.training.shapes import rounded_up
 
 IGNORE = -100
-ROUND = 32
-"""Flat sequences are a multiple of this long."""
 Bin = NDArray[np.int64]
 TokenRow = tuple[str, NDArray[np.int32], NDArray[np.int32]]
 
@@ -94,7 +93,7 @@ class Layout:
 
     def _flat(self, rows: list[TokenRow]) -> Part:
         tokens = sum(len(ids) for _, ids, _ in rows)
-        if filler := -tokens % ROUND:  # a row of padding at the end: few lengths, few kernels
+        if filler := rounded_up(tokens) - tokens:  # a row of padding at the end: few lengths, few kernels
             rows = [*rows, ("", np.full(filler, self.pad_id, np.int32), np.full(filler, IGNORE, np.int32))]
         ids = np.concatenate([ids for _, ids, _ in rows])
         targets = np.concatenate([_shifted(labels) for _, _, labels in rows])

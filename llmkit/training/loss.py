@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llmkit.training.shapes import ROUND, rounded_up
+
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at once: 32 MB in float32."""
 
-ROUND = 32
 CHUNK_ROWS = 256
 """Positions a chunk where the output layer is more than a linear one."""
 
@@ -65,13 +66,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Positions a chunk: a multiple of ``ROUND``, so that the matrix library meets few shapes (see attention.py)."""
+    """Positions a chunk: a multiple of ``ROUND``, so that the matrix library meets few shapes (see shapes.py)."""
     return max(ROUND, CHUNK_ELEMENTS // vocabulary // ROUND * ROUND)
 
 
 def _rounded(hidden: Tensor) -> Tensor:
     """Rows of zeros added up to a multiple of ``ROUND``."""
-    return nn.functional.pad(hidden, (0, 0, 0, -hidden.shape[0] % ROUND))
+    return nn.functional.pad(hidden, (0, 0, 0, rounded_up(hidden.shape[0]) - hidden.shape[0]))
 
 
 def linear_cross_entropy(
