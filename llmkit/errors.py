@@ -52,11 +52,11 @@ class Problem:
 
 
 class RecipeError(UsageError):
-    """All the mistakes of one recipe."""
+    """All the mistakes of one recipe, or of another file that is written as one (``what``)."""
 
-    def __init__(self, problems: list[Problem]) -> None:
+    def __init__(self, problems: list[Problem], what: str = "recipe") -> None:
         self.problems = problems
-        head = "1 mistake in the recipe" if len(problems) == 1 else f"{len(problems)} mistakes in the recipe"
+        head = f"1 mistake in the {what}" if len(problems) == 1 else f"{len(problems)} mistakes in the {what}"
         super().__init__("\n".join([head + ":", *(f"  {p}" for p in problems)]))
 
 
