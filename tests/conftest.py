@@ -243,6 +243,21 @@ def run_llmkit(tmp_path: Path) -> RunLlmkit:
     return run
 
 
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | bytes], str]:
+    """Writes ``r.yaml`` into the working directory, so that messages begin with ``r.yaml:``."""
+    monkeypatch.chdir(tmp_path)
+
+    def to(text: str | bytes) -> str:
+        Path("r.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
+        return "r.yaml"
+
+    return to
+
+
 # --- a run of the suite that can be trusted -------------------------------------------------------------------------
 
 
