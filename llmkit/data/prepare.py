@@ -11,7 +11,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -44,22 +44,28 @@ class Prepared:
     digests: dict[str, str]
 
 
+class Around(TypedDict):
+    """What preparation takes from the run around it; ``is_main`` (True if not given) is whether this rank reports."""
+
+    seed: int
+    output_dir: Path
+    progress: Progress
+    is_main: NotRequired[bool]
+
+
 def prepare(
-    settings: DataSettings,
-    renderer: Renderer,
-    *,
-    seed: int,
-    output_dir: Path,
-    progress: Progress,
-    is_main: bool = True,
+    settings: DataSettings, renderer: Renderer, *, key: str = "data.train", **around: Unpack[Around]
 ) -> Prepared:
     """Tokenize the recipe's data once, or take it from the cache; the main rank writes the report and histogram.
 
-    Adds to ``renderer.stop_ids`` what the rows' turns end with. Raises DataError for missing or unusable data, in one
-    message; ``data_report.json`` then lists every row in question.
+    ``key`` is where the recipe has the rows that are in ``settings.train``. Adds to ``renderer.stop_ids`` what the rows'
+    turns end with. Raises DataError for missing or unusable data, in one message; ``data_report.json`` then lists every
+    row in question.
     """
-    digests = digest(settings)
-    folder = Path(settings.cache_dir) / cache_key(settings, renderer, digests, seed)
+    seed, output_dir, progress = around["seed"], around["output_dir"], around["progress"]
+    is_main = around.get("is_main", True)
+    digests = digest(settings, key)
+    folder = Path(settings.cache_dir) / cache_key(settings, renderer, digests, seed, key)
     folder.parent.mkdir(parents=True, exist_ok=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{folder}.lock")
@@ -72,7 +78,7 @@ def prepare(
         made = _from_cache(folder, progress)
         hit = made is not None
         if made is None:
-            made = _build(settings, renderer, seed, folder, output_dir, progress, is_main)
+            made = _build(settings, renderer, key, folder, seed, output_dir, progress, is_main)
     finally:
         lock.release()
     train, held_out, report = made
@@ -84,37 +90,30 @@ def prepare(
     if is_main:
         reports.write_json(output_dir / REPORT, report)
         shutil.copyfile(folder / HISTOGRAM, output_dir / HISTOGRAM)
-        _tell(report, progress)
+        _tell(report, progress, key)
     return Prepared(train, held_out, report, digests)
 
 
-def prepare_eval(
-    settings: DataSettings,
-    renderer: Renderer,
-    *,
-    seed: int,
-    output_dir: Path,
-    progress: Progress,
-    is_main: bool = True,
-) -> TokenStore | None:
+def prepare_eval(settings: DataSettings, renderer: Renderer, **around: Unpack[Around]) -> TokenStore | None:
     """The held-out rows alone, for streamed training; None without ``data.eval``. Raises DataError for a split."""
     if isinstance(settings.eval, EvalSplitSettings):
         raise DataError("data.eval: a split of the training rows needs them all; with streaming, name a source.")
     if settings.eval is None:
         return None
     alone = settings.model_copy(update={"train": settings.eval, "eval": None, "packing": False})
-    made = prepare(alone, renderer, seed=seed, output_dir=output_dir, progress=progress, is_main=is_main)
-    return made.train
+    return prepare(alone, renderer, key="data.eval", **around).train
 
 
-def cache_key(settings: DataSettings, renderer: Renderer, digests: dict[str, str], seed: int) -> str:
-    """Name of the cache folder: a digest of everything that decides about the tokens."""
+def cache_key(
+    settings: DataSettings, renderer: Renderer, digests: dict[str, str], seed: int, key: str = "data.train"
+) -> str:
+    """Name of the cache folder: a digest of everything that decides about the tokens, and how the report calls them."""
     described = settings.model_dump(mode="json", exclude=_NOT_IN_KEY)
     # the template's text, the system message and the mask rule are in the renderer's fingerprint
     described.pop("chat_template")
-    weights = [source.weight for source in train_sources(settings)]
+    weights = [source.weight for source in train_sources(settings, key)]
     seeded = isinstance(settings.eval, EvalSplitSettings) or any(weight != int(weight) for weight in weights)
-    whole = [described, digests, renderer.fingerprint, seed if seeded else None, _code_version()]
+    whole = [described, digests, renderer.fingerprint, seed if seeded else None, key, _code_version()]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -214,8 +213,9 @@ def _whole(pieces: list[Encoded]) -> int:
 def _build(
     settings: DataSettings,
     renderer: Renderer,
-    seed: int,
+    key: str,
     folder: Path,
+    seed: int,
     output_dir: Path,
     progress: Progress,
     is_main: bool,
@@ -225,7 +225,7 @@ def _build(
     work = folder / "work"
     work.mkdir(parents=True)
     hashing = settings.eval is not None
-    train = _read_side(train_sources(settings), "train", work, settings, renderer, seed, progress, hashing)
+    train = _read_side(train_sources(settings, key), "train", work, settings, renderer, seed, progress, hashing)
     held_out = _read_side(eval_sources(settings), "eval", work, settings, renderer, seed, progress, hashing)
     report: dict[str, Any] = {
         "sources": [source.to_dict(settings.on_too_long) for source in train.sources + held_out.sources],
@@ -340,13 +340,13 @@ def _packing(train: TokenStore, settings: DataSettings) -> dict[str, float]:
     }
 
 
-def _tell(report: dict[str, Any], progress: Progress) -> None:
+def _tell(report: dict[str, Any], progress: Progress, key: str) -> None:
     for note in report["notes"]:
         progress.note(note)
-    for side in ("train", "eval"):
+    for side, name in (("train", key.removeprefix("data.")), ("eval", "eval")):
         if report[side]:
             found = report[side]
             progress.note(
-                f"{side}: {found['rows']:,} rows, {found['tokens']:,} tokens, {found['supervised_tokens']:,} supervised"
+                f"{name}: {found['rows']:,} rows, {found['tokens']:,} tokens, {found['supervised_tokens']:,} supervised"
                 + (" (from the token cache)" if report["cache"]["hit"] else "")
             )

@@ -126,8 +126,9 @@ def resolve(sources: Sources, key: str, settings: DataSettings) -> list[Source]:
     return resolved
 
 
-def train_sources(settings: DataSettings) -> list[Source]:
-    return resolve(settings.train, "data.train", settings)
+def train_sources(settings: DataSettings, key: str = "data.train") -> list[Source]:
+    """The sources of ``settings.train``, called ``key`` in messages and reports."""
+    return resolve(settings.train, key, settings)
 
 
 def eval_sources(settings: DataSettings) -> list[Source]:
@@ -170,15 +171,15 @@ def _hub_message(source: Source, error: Exception) -> str:
     )
 
 
-def digest(settings: DataSettings) -> dict[str, str]:
+def digest(settings: DataSettings, key: str = "data.train") -> dict[str, str]:
     """Content digest of every file that the recipe names, by the file's name.
 
     Local files: ``sha256:…`` of the bytes. URIs: etag, else size and time. Hub data sets: the commit.
-    Raises DataError naming the recipe's key when a file is missing, MissingError when a store or the hub is away.
+    ``key`` is what ``settings.train`` is called in the recipe. Raises DataError naming the key when a file is missing, MissingError when a store or the hub is away.
     """
     digests: dict[str, str] = {}
     problems: list[str] = []
-    for source in [*train_sources(settings), *eval_sources(settings)]:
+    for source in [*train_sources(settings, key), *eval_sources(settings)]:
         try:
             if source.is_hub:
                 digests[f"{source.path}@{source.split}"] = _hub_digest(source)

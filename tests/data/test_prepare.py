@@ -404,6 +404,12 @@ def test_held_out_rows_alone_for_streaming(
     settings = DataSettings(train=path, eval=path, cache_dir=str(tmp_path / "cache"), streaming=True, max_length=128)
     store = prepare_eval(settings, renderer, **common)
     assert store is not None and len(store) == 5
+    assert [line.split(",")[0] for line in progress.notes][-1] == "eval: 5 rows"
+    assert not any("train" in line for line in progress.notes)
+    (source,) = json.loads((tmp_path / "out" / "data_report.json").read_text())["sources"]
+    assert source["key"] == "data.eval"
+    with pytest.raises(DataError, match=r"data\.eval: .*gone\.jsonl does not exist"):
+        prepare_eval(settings.model_copy(update={"eval": str(tmp_path / "gone.jsonl")}), renderer, **common)
     assert prepare_eval(settings.model_copy(update={"eval": None}), renderer, **common) is None
     with pytest.raises(DataError, match="name a source"):
         prepare_eval(settings.model_copy(update={"eval": EvalSplitSettings(split=0.5)}), renderer, **common)
