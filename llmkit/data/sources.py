@@ -167,8 +167,24 @@ def _load_hub(source: Source, *, streaming: bool) -> Iterator[dict[str, Any]]:
 def _hub_message(source: Source, error: Exception) -> str:
     return (
         f"{source.key}: {source.path} is no file here, and as a data set of the hub (split {source.split}) it could "
-        f"not be loaded: {type(error).__name__}: {_short(error)}"
+        f"not be loaded: {type(error).__name__}: {_short(error)}\n{_hub_advice(source.path)}"
     )
+
+
+def _hub_advice(name: str) -> str:
+    """What to do about a data set that the hub did not give."""
+    folder = f"data/{name.rpartition('/')[2]}"
+    off = next((v for v in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if _is_on(os.environ.get(v, ""))), "")
+    return (
+        (f"{off} is set: unset it if the hub can be reached. " if off else "")
+        + "On a machine without the hub: where there is one, run "
+        + f"`hf download {name} --repo-type dataset --local-dir {folder}`, copy the folder here, and name the files that "
+        + f"you want, e.g. {folder}/**/train*.parquet. Otherwise check the name, and HF_TOKEN for a gated data set"
+    )
+
+
+def _is_on(value: str) -> bool:
+    return value.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def digest(settings: DataSettings, key: str = "data.train") -> dict[str, str]:

@@ -177,11 +177,15 @@ def test_uri_is_read_through_fsspec(tmp_path: Path, write_jsonl: Write) -> None:
         digest(DataSettings(train="nosuch://x/y.jsonl"))
 
 
-def test_hub_id_offline_says_that_it_is_neither_file_nor_reachable() -> None:
+def test_hub_id_offline_says_that_it_is_neither_file_nor_reachable_and_what_to_do() -> None:
     settings = DataSettings(train="some-org/some-name")
     assert train_sources(settings)[0].is_hub
-    with pytest.raises(MissingError, match=r"data\.train: some-org/some-name is no file here"):
+    with pytest.raises(MissingError, match=r"data\.train: some-org/some-name is no file here") as caught:
         digest(settings)
+    advice = str(caught.value).splitlines()[-1]
+    assert advice.startswith("HF_HUB_OFFLINE is set: unset it")
+    assert "`hf download some-org/some-name --repo-type dataset --local-dir data/some-name`" in advice
+    assert "data/some-name/**/train*.parquet" in advice
     with pytest.raises(MissingError, match="split train"):
         list(read(train_sources(settings)[0]))
 
