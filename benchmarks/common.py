@@ -1,10 +1,12 @@
-"""What the benchmarks share: what machine this is, and where a dated result goes."""
+"""What the benchmarks share: what machine this is, a silent progress display, and where a dated result goes."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +30,22 @@ def machine(*packages: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in packages},
     }
+
+
+class Quiet:
+    """A progress display that shows nothing."""
+
+    def note(self, text: str) -> None: ...
+
+    @contextmanager
+    def task(self, what: str, total: int | None = None, unit: str = "rows") -> Iterator[Quiet]:
+        yield self
+
+    def advance(self, n: int = 1) -> None: ...
+
+    def step(self, step: int, total: int, metrics: Any) -> None: ...
+
+    log = step
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:

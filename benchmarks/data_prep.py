@@ -18,32 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from common import REPO, Quiet, machine, write_result
 
-REPO = Path(__file__).resolve().parent.parent
 MAX_LENGTH = 512
 TRL_VARIANTS = {"trl": None, "trl, 2 processes": 2}
-
-
-class Quiet:
-    """A progress display that shows nothing."""
-
-    def note(self, text: str) -> None: ...
-
-    @contextmanager
-    def task(self, what: str, total: int | None = None, unit: str = "rows") -> Iterator[Quiet]:
-        yield self
-
-    def advance(self, n: int = 1) -> None: ...
-
-    def step(self, step: int, total: int, metrics: Any) -> None: ...
-
-    log = step
 
 
 def cpu_seconds() -> float:
@@ -200,8 +181,6 @@ def main() -> None:
     if args.worker:
         print(json.dumps(run_llmkit(args) if args.worker == "llmkit" else run_trl(args)))
         return
-    from common import machine, write_result
-
     packages = ("tokenizers", "transformers", "trl", "datasets", "pyarrow", "numpy")
     found: dict[str, Any] = {"machine": machine(*packages), "runs": {}}
     for number in range(args.rounds):

@@ -18,16 +18,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import Quiet, machine, write_result
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from transformers import PreTrainedTokenizerFast
 
-REPO = Path(__file__).resolve().parent.parent
 KINDS = (
     ".jsonl",
     ".json",
@@ -256,22 +256,6 @@ def make_case(folder: Path, number: int, seed: int) -> tuple[Path, dict[str, Any
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-class Quiet:
-    """A progress display that shows nothing."""
-
-    def note(self, text: str) -> None: ...
-
-    @contextmanager
-    def task(self, what: str, total: int | None = None, unit: str = "rows") -> Iterator[Quiet]:
-        yield self
-
-    def advance(self, n: int = 1) -> None: ...
-
-    def step(self, step: int, total: int, metrics: Any) -> None: ...
-
-    log = step
-
-
 def check(settings: dict[str, Any], folder: Path, made: PreTrainedTokenizerFast) -> str:
     """Prepare: ``done`` or ``data error``; AssertionError when the report does not add up; else what was raised."""
     from llmkit.data.prepare import prepare
@@ -389,8 +373,6 @@ def main() -> None:
     refused = [case for case, entry in found.items() if entry["outcome"] == "data error"]
     picked = refused[:: max(1, len(refused) // max(1, args.command_line))][: args.command_line]
     commands = command_line(picked, args.seed)
-    from common import machine, write_result
-
     result = {
         "machine": machine("pyarrow", "tokenizers"),
         "seed": args.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "fuzz_data.py"
 
 @pytest.fixture(scope="module")
 def fuzz() -> ModuleType:
+    sys.path.append(str(SCRIPT.parent))  # where the benchmarks find what they share
     spec = importlib.util.spec_from_file_location("fuzz_data", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
