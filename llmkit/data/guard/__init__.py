@@ -1,0 +1,1 @@
+"""What stands between raw rows and training: personal data, duplicates, leaks, quality, licences."""
