@@ -140,7 +140,7 @@ def stop_ids(
     if model_dir is None and settings is not None and settings.init == "pretrained":
         model_dir = find_folder(settings.name_or_path, settings.revision)
     if model_dir is not None:
-        found += [i for i in _configured_stops(Path(model_dir)) if i < len(tokenizer)]
+        found += [i for i in configured_stops(Path(model_dir)) if i < len(tokenizer)]
     if not found:
         raise UsageError("The tokenizer has no end token and the model names none: such a model would never stop")
     return tuple(dict.fromkeys(found))
@@ -192,7 +192,8 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> 
     return next((int(i) for i in tokenizer.encode(after, add_special_tokens=False) if i in special), None)
 
 
-def _configured_stops(folder: Path) -> list[int]:
+def configured_stops(folder: Path) -> list[int]:
+    """The stop tokens of a model folder's ``generation_config.json``, else of its ``config.json``; empty without."""
     for name in ("generation_config.json", "config.json"):
         file = folder / name
         if not file.is_file():
