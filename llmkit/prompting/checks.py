@@ -68,7 +68,7 @@ def check_text(view: View, bench: Bench) -> Iterator[Found]:
         yield Found("renders", "error", "the chat template does not render the conversation", str(error))
         return
     for turn in turns:
-        broken = list(_check_prefix(turn))
+        broken = list(_check_prefix(view, turn))
         yield from broken
         if not broken:
             yield from _check_answer(view, turn, bench)
@@ -77,20 +77,17 @@ def check_text(view: View, bench: Bench) -> Iterator[Found]:
     if view.turns and bench.subject.supervise == "last":
         yield from _check_earlier(view, bench, whole)
     yield from _check_contents(view, turns[-1].prompt if turns else whole, whole)
-    yield from _check_tools(view, whole)
+    yield from _check_tools(view, bench, whole)
     yield from _check_thinking(view, turns)
 
 
-def _check_prefix(turn: Turn) -> Iterator[Found]:
+def _check_prefix(view: View, turn: Turn) -> Iterator[Found]:
     """The prompt of a turn has to be the beginning of the text with the turn."""
     if turn.upto.startswith(turn.prompt):
         return
-    opening = (
-        turn.prompt[len(turn.history) :] if turn.history is not None and turn.prompt.startswith(turn.history) else ""
-    )
-    rest = turn.upto[len(turn.history or "") :]
-    same_history = turn.history is not None and turn.upto.startswith(turn.history) and opening
-    if not same_history:
+    parted = _end_of_history(view, turn)
+    opening, rest = turn.prompt[parted:], turn.upto[parted:]
+    if parted < 0:
         yield _rewritten(turn.prompt, turn.upto, "is not the beginning of the text with the answer")
     elif _TAG.search(opening) and not _TAG.search(rest[: len(opening) + 8]):
         yield Found(
@@ -111,13 +108,21 @@ def _check_prefix(turn: Turn) -> Iterator[Found]:
         yield Found(
             "generation-prompt",
             "error",
-            f"an answer begins with {_short(_header(rest, opening))} in training and with {_short(opening)} at inference",
+            f"an answer begins with {_short(rest[: len(opening)])} in training and with {_short(opening)} at inference",
             _beside(opening, rest),
         )
 
 
-def _header(rest: str, opening: str) -> str:
-    return rest[: len(opening) + 8]
+def _end_of_history(view: View, turn: Turn) -> int:
+    """Where the generation prompt begins, if what stands before it is the same with and without the answer; else -1."""
+    history = turn.history
+    if history and turn.prompt.startswith(history) and turn.upto.startswith(history):
+        return len(history)
+    # templates that end a text without a generation prompt in their own way: what comes after the last message
+    before = (view.messages[turn.index - 1]["content"] or "").strip() if turn.index else ""
+    end = turn.prompt.rfind(before) + len(before) if before and before in turn.prompt else -1
+    common = _common(turn.prompt, turn.upto)
+    return common if 0 <= end <= common else -1
 
 
 def _rewritten(shorter: str, longer: str, what: str) -> Found:
@@ -169,7 +174,7 @@ def _check_lead(turn: Turn, lead: str, message: Message) -> Iterator[Found]:
             "the model has to write it itself",
             f"the prompt ends with {turn.prompt[-40:]!r}",
         )
-    elif "\n" in bare and not _TAG.search(lead):
+    elif "\n" in _TAG.split(lead)[0]:
         yield Found(
             "newlines",
             "error",
@@ -224,19 +229,9 @@ def _contains(text: str, part: str) -> bool:
     return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text or json.dumps(part)[1:-1] in text
 
 
-def _check_tools(view: View, whole: str) -> Iterator[Found]:
+def _check_tools(view: View, bench: Bench, whole: str) -> Iterator[Found]:
     """Names of tools, and names and arguments of calls, have to be in the text."""
-    for tool in view.tools or []:
-        function = tool.get("function", tool)
-        if str(function.get("name")) not in whole:
-            yield Found(
-                "tools", "error", "the chat template drops the tools", f"{function.get('name')} is not in the prompt"
-            )
-            break
-        lost = [name for name in _parameters(function) if name not in whole]
-        if lost:
-            yield Found("tools", "error", "the chat template drops parameters of the tools", ", ".join(lost))
-            break
+    yield from _check_offered(view, bench)
     for message in view.messages:
         for call in message.get("tool_calls") or []:
             function = call["function"]
@@ -245,6 +240,24 @@ def _check_tools(view: View, whole: str) -> Iterator[Found]:
             if lost:
                 yield Found("tools", "error", "the chat template drops calls of tools", ", ".join(map(str, lost)))
                 return
+
+
+def _check_offered(view: View, bench: Bench) -> Iterator[Found]:
+    """The tools as the first question is asked, before a call could bring their names into the text."""
+    assert bench.chat is not None
+    if not view.tools:
+        return
+    first = next((n for n, message in enumerate(view.messages, 1) if message["role"] == "user"), len(view.messages))
+    text, bare = (bench.chat.render(view.messages[:first], tools, prompt=True) for tools in (view.tools, None))
+    if text == bare:
+        yield Found(
+            "tools", "error", "the chat template drops the tools", "the prompt is the same with and without them"
+        )
+        return
+    functions = [tool.get("function", tool) for tool in view.tools]
+    wanted = [name for function in functions for name in (str(function.get("name")), *_parameters(function))]
+    if lost := [name for name in wanted if not _contains(text, name)]:
+        yield Found("tools", "error", "the chat template drops tools or their parameters", ", ".join(lost))
 
 
 def _parameters(function: dict[str, Any]) -> list[str]:
@@ -407,14 +420,25 @@ def check_marks(view: View, bench: Bench) -> Iterator[Found]:
         )
         return
     ids, marks = [int(i) for i in made["input_ids"]], [bool(flag) for flag in made["assistant_masks"]]
-    if ids != view.own_ids:
-        return  # the paths differ, which check_paths says
     ours = [label != IGNORED for label in view.own_labels]
     if bench.subject.supervise == "last" or len(view.turns) < sum(m["role"] == "assistant" for m in view.messages):
-        begin = segments(view.own_labels)[0][0] if segments(view.own_labels) else 0
-        stretches = [pair for pair in segments([0 if flag else IGNORED for flag in marks]) if pair[1] > begin]
+        wanted = len(segments(view.own_labels))
+        stretches = segments([0 if flag else IGNORED for flag in marks])[-wanted:]
         marks = [any(a <= n < b for a, b in stretches) for n in range(len(ids))]
-    yield from _compare_masks(marks, ours, ids, "generation-marks", bench)
+    if ids == view.own_ids:
+        yield from _compare_masks(marks, ours, ids, "generation-marks", bench)
+    else:
+        yield from _compare_texts(ids, marks, view, bench)
+
+
+def _compare_texts(ids: list[int], marks: list[bool], view: View, bench: Bench) -> Iterator[Found]:
+    """Marked and learned stretches as text, where the text as a whole has other tokens than its parts."""
+    assert view.own_ids is not None and view.own_labels is not None
+    marked = [bench.decode(ids[a:b]) for a, b in segments([0 if flag else IGNORED for flag in marks])]
+    learned = [bench.decode(view.own_ids[a:b]) for a, b in segments(view.own_labels)]
+    if list(map(_letters, marked)) != list(map(_letters, learned)):
+        message = "{% generation %} marks other text than the answers and their stop tokens"
+        yield Found("generation-marks", "error", message, _beside("".join(marked), "".join(learned)))
 
 
 # ---- one case, as other engines build it ----
