@@ -17,7 +17,7 @@ RESULTS = REPO / "benchmarks" / "results"
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """CPU model and its matrix instructions, cores, memory, load now, Python and the versions of ``packages``."""
+    """CPU model and its matrix instructions, cores, threads that the run was given, memory, load now, Python and the versions of ``packages``."""
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8") if info.exists() else ""
     model = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
@@ -25,6 +25,7 @@ def machine(*packages: str) -> dict[str, Any]:
         "cpu": model or platform.processor(),
         "instructions": [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name} " in text],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "all cores"),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
