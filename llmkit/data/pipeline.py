@@ -12,7 +12,7 @@ from llmkit.data import formats
 from llmkit.data.readers import Rows
 from llmkit.data.render import IGNORED, Renderer
 from llmkit.data.report import SourceReport
-from llmkit.data.rows import BadRow, Encoded, RawRow, Sample
+from llmkit.data.rows import BadRow, Encoded, LeftOut, RawRow, Sample
 from llmkit.data.settings import DataSettings
 from llmkit.data.sources import Source, read
 from llmkit.errors import DataError
@@ -92,6 +92,9 @@ def encode_chunk(
 
 
 def _fit(row: Encoded | BadRow, settings: DataSettings, seq2seq: bool, report: SourceReport) -> list[Encoded]:
+    if isinstance(row, LeftOut):
+        report.rows_guarded += 1
+        return []
     if isinstance(row, BadRow):
         report.bad.append(row)
         return []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, Unpack
@@ -19,6 +20,11 @@ from numpy.typing import NDArray
 
 from llmkit.context import Progress
 from llmkit.data import report as reports
+from llmkit.data.guard.examine import FILES as GUARD_FILES
+from llmkit.data.guard.examine import examine
+from llmkit.data.guard.findings import ROWS as GUARD_ROWS
+from llmkit.data.guard.findings import summary_lines
+from llmkit.data.guard.gate import Gate, cleaner, guard_identity
 from llmkit.data.packing import best_fit, efficiency
 from llmkit.data.pipeline import Drawer, chunks, content_hash, encode_chunk, new_report, open_source, refuse_empty
 from llmkit.data.render import Renderer
@@ -31,7 +37,10 @@ from llmkit.errors import DataError
 
 REPORT = "data_report.json"
 HISTOGRAM = "token_lengths.png"
-_NOT_IN_KEY = {"packing", "shuffle", "streaming", "cache_dir"}
+_NOT_IN_KEY: Any = {
+    **dict.fromkeys(("packing", "shuffle", "streaming", "cache_dir", "chat_template"), True),
+    "guard": {"allow_licenses"},
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,7 @@ def prepare(
     if is_main:
         reports.write_json(output_dir / REPORT, report)
         shutil.copyfile(folder / HISTOGRAM, output_dir / HISTOGRAM)
+        _copy_guard_files(folder, output_dir)
         _tell(report, progress, key)
     return Prepared(train, held_out, report, digests)
 
@@ -100,7 +110,8 @@ def prepare_eval(settings: DataSettings, renderer: Renderer, **around: Unpack[Ar
         raise DataError("data.eval: a split of the training rows needs them all; with streaming, name a source.")
     if settings.eval is None:
         return None
-    alone = settings.model_copy(update={"train": settings.eval, "eval": None, "packing": False})
+    guard = settings.guard.of_held_out() if settings.guard is not None else None
+    alone = settings.model_copy(update={"train": settings.eval, "eval": None, "packing": False, "guard": guard})
     return prepare(alone, renderer, key="data.eval", **around).train
 
 
@@ -110,10 +121,11 @@ def cache_key(
     """Name of the cache folder: a digest of everything that decides about the tokens, and how the report calls them."""
     described = settings.model_dump(mode="json", exclude=_NOT_IN_KEY)
     # the template's text, the system message and the mask rule are in the renderer's fingerprint
-    described.pop("chat_template")
     weights = [source.weight for source in train_sources(settings, key)]
     seeded = isinstance(settings.eval, EvalSplitSettings) or any(weight != int(weight) for weight in weights)
     whole = [described, digests, renderer.fingerprint, seed if seeded else None, key, _code_version()]
+    if settings.guard is not None:
+        whole.append(guard_identity(settings.guard))
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -168,34 +180,43 @@ def _read_side(
     seed: int,
     progress: Progress,
     hashing: bool,
+    gates: Sequence[Gate],
 ) -> _Rows:
     side = _Rows(folder, name)
-    for index, source in enumerate(sources):
+    for index, (source, gate) in enumerate(zip(sources, gates, strict=True)):
         report = new_report(source)
         side.sources.append(report)
         rows, make = open_source(source, report)
+        make = gate.around(make)
         if source.format == "auto":
             progress.note(f"{source.key}: format {report.format}, because {report.format_reason}")
         draw = Drawer(source.weight, seed, index)
         with progress.task(f"tokenizing {source.path}", None, "rows") as task:
-            for chunk in chunks(rows):
+            for read in chunks(rows):
+                chunk, groups = gate.pass_on(read)
+                report.rows_guarded += len(read) - len(chunk)
                 counts = draw(len(chunk))
                 drawn = [row for row, count in zip(chunk, counts, strict=True) if count]
-                report.rows_read += len(chunk) - len(drawn)
+                report.rows_read += len(read) - len(drawn)
                 report.rows_not_drawn += len(chunk) - len(drawn)
                 encoded = encode_chunk(drawn, make, renderer, settings, report)
-                _keep(side, encoded, [count for count in counts if count], hashing)
-                task.advance(len(chunk))
+                if groups is not None:
+                    groups = [group for group, count in zip(groups, counts, strict=True) if count]
+                _keep(side, encoded, [count for count in counts if count], hashing, groups)
+                task.advance(len(read))
         refuse_empty(report)
     return side
 
 
-def _keep(side: _Rows, encoded: list[list[Encoded]], counts: list[int], hashing: bool) -> None:
+def _keep(
+    side: _Rows, encoded: list[list[Encoded]], counts: list[int], hashing: bool, groups: list[int] | None
+) -> None:
+    """``groups`` stand in for the hashes where duplicates, near ones too, are known."""
     flat = [piece for pieces in encoded for piece in pieces]
     side.writer.append(flat)
-    for pieces, count in zip(encoded, counts, strict=True):
+    for place, (pieces, count) in enumerate(zip(encoded, counts, strict=True)):
         if pieces:
-            whole = _whole(pieces) if hashing else 0
+            whole = groups[place] if groups is not None else _whole(pieces) if hashing else 0
             side.hashes += [whole] * len(pieces)
             side.counts += [count] * len(pieces)
 
@@ -225,8 +246,10 @@ def _build(
     work = folder / "work"
     work.mkdir(parents=True)
     hashing = settings.eval is not None
-    train = _read_side(train_sources(settings, key), "train", work, settings, renderer, seed, progress, hashing)
-    held_out = _read_side(eval_sources(settings), "eval", work, settings, renderer, seed, progress, hashing)
+    gates, guarded = _guard(settings, key, folder, output_dir, progress)
+    sources = train_sources(settings, key)
+    train = _read_side(sources, "train", work, settings, renderer, seed, progress, hashing, gates[0])
+    held_out = _read_side(eval_sources(settings), "eval", work, settings, renderer, seed, progress, hashing, gates[1])
     report: dict[str, Any] = {
         "sources": [source.to_dict(settings.on_too_long) for source in train.sources + held_out.sources],
         "max_length": settings.max_length,
@@ -246,8 +269,9 @@ def _build(
     report |= {
         "train": reports.store_summary(stores[0]),
         "eval": reports.store_summary(stores[1]) if stores[1] else None,
-        "notes": [*renderer.notes, *_notes(settings, train, held_out)],
+        "notes": [*renderer.notes, *summary_lines(guarded), *_notes(settings, train, held_out)],
         "eval_rows_also_in_train": len(_overlap(train, held_out)),
+        "guard": guarded,
         "stop_ids": list(renderer.stop_ids),
     }
     held_out_lengths = stores[1].lengths if stores[1] else None
@@ -255,6 +279,31 @@ def _build(
     shutil.rmtree(work)
     reports.write_json(folder / REPORT, report)
     return stores[0], stores[1], report
+
+
+def _guard(
+    settings: DataSettings, key: str, folder: Path, output_dir: Path, progress: Progress
+) -> tuple[tuple[list[Gate], list[Gate]], dict[str, Any] | None]:
+    """A gate for each source of both sides, and the guard's report. Raises DataError for what the recipe forbids."""
+    held_out = eval_sources(settings)
+    if settings.guard is None:
+        return ([Gate() for _ in train_sources(settings, key)], [Gate() for _ in held_out]), None
+    verdict = examine(settings, settings.guard, folder / "work" / "guard", folder, progress, key)
+    shutil.rmtree(folder / "work" / "guard")
+    if verdict.problems:
+        _copy_guard_files(folder, output_dir)
+        shutil.rmtree(folder, ignore_errors=True)
+        raise DataError("\n".join([*verdict.problems, f"Every such row is listed in {output_dir / GUARD_ROWS}."]))
+    clean = cleaner(settings.guard)
+    split = isinstance(settings.eval, EvalSplitSettings)
+    train = [Gate(source, clean, grouped=split) for source in verdict.train]
+    return (train, [Gate(source, clean) for source in verdict.eval]), verdict.report
+
+
+def _copy_guard_files(folder: Path, output_dir: Path) -> None:
+    for name in GUARD_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, output_dir / name)
 
 
 def _write_stores(

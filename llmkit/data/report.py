@@ -33,6 +33,7 @@ class SourceReport:
     rows_read: int = 0
     rows_used: int = 0
     rows_not_drawn: int = 0
+    rows_guarded: int = 0
     documents_split: int = 0
     drifted: int = 0
     first_drifted: str = ""
@@ -54,6 +55,7 @@ class SourceReport:
             "rows_read": self.rows_read,
             "rows_used": self.rows_used,
             "rows_not_drawn": self.rows_not_drawn,
+            "rows_left_out_by_guard": self.rows_guarded,
             "rows_bad": len(self.bad),
             "rows_too_long": len(self.too_long),
             "rows_dropped": len(self.bad) + (len(self.too_long) if action == "drop" else 0),
@@ -79,7 +81,7 @@ def problems(sources: Sequence[SourceReport], settings: DataSettings) -> list[st
     if long and settings.on_too_long == "error":
         found.append(_long_message(long, read, settings.max_length))
     if not found and read and not sum(source.rows_used for source in sources):
-        found.append(_nothing_left(bad, long, read))
+        found.append(_nothing_left(bad, long, read, sum(source.rows_guarded for source in sources)))
     return found
 
 
@@ -106,8 +108,10 @@ def _long_message(long: Sequence[tuple[str, int]], read: int, limit: int) -> str
     )
 
 
-def _nothing_left(bad: Sequence[BadRow], long: Sequence[tuple[str, int]], read: int) -> str:
+def _nothing_left(bad: Sequence[BadRow], long: Sequence[tuple[str, int]], read: int, guarded: int) -> str:
     counts = Counter(row.reason for row in bad)
+    if guarded:
+        counts["left out by data.guard"] = guarded
     if long:
         counts["longer than data.max_length"] = len(long)
     reasons = "; ".join(f"{count:,} × {reason}" for reason, count in counts.most_common(4))

@@ -24,6 +24,11 @@ class BadRow:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut(BadRow):
+    """A row that could be learned from, but that ``data.guard`` leaves out."""
+
+
+@dataclass(frozen=True, slots=True)
 class RawRow:
     """A row as its file has it: column name to value."""
 

@@ -7,39 +7,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from llmkit.data.guard.settings import GuardSettings
+from llmkit.data.source_settings import COLUMN_FIELDS, Format, Location, Sources, SourceSettings
 from llmkit.recipe import Conflict, Settings
 
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
-COLUMN_FIELDS: dict[Format, tuple[str, ...]] = {
-    "messages": ("messages", "tools"),
-    "sharegpt": ("conversations", "from", "value", "system", "tools"),
-    "alpaca": ("instruction", "input", "output", "system", "history"),
-    "prompt_completion": ("prompt", "completion", "system", "tools"),
-    "text": ("text",),
-}
-
-Location = Annotated[str, Field(min_length=1)]
-
-
-class SourceSettings(Settings):
-    path: Location
-    """A local path, a glob, an fsspec URI (``s3://…``) or a hub data set id."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of this source in the mix: 2.0 takes each row twice an epoch, 0.5 a seeded half of the rows."""
-    split: str = "train"
-    """Split to take from a hub data set."""
-    format: Format | None = None
-    """Format of this source where it differs from ``data.format``."""
-    columns: dict[str, str] | None = None
-    """Columns of this source where they differ from ``data.columns``."""
+__all__ = [
+    "COLUMN_FIELDS", "DataSettings", "EvalSplitSettings", "Format", "Location", "SourceSettings", "Sources",
+]  # fmt: skip
 
 
 class EvalSplitSettings(Settings):
     split: Annotated[float, Field(gt=0, lt=1)]
     """Share of the training rows held out, chosen by seed; duplicates of a row stay on one side."""
-
-
-Sources = Location | SourceSettings | list[Location | SourceSettings]
 
 
 class DataSettings(Settings):
@@ -73,6 +52,8 @@ class DataSettings(Settings):
     """Tokenize on the fly instead of up front, for data larger than the disk cache; needs ``train.max_steps``."""
     cache_dir: str = ".llmkit/tokens"
     """Folder of the token cache that ranks share and later runs reuse."""
+    guard: GuardSettings | None = None
+    """Checks for personal data, duplicates, leaked test data, quality and licences; ``{}`` takes its defaults."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.train == []:
@@ -82,6 +63,9 @@ class DataSettings(Settings):
         if self.streaming and isinstance(self.eval, EvalSplitSettings):
             hint = "name a source of its own in `data.eval`, or set `data.streaming: false`"
             yield Conflict("eval", "a share of a stream cannot be held out", hint, ("streaming",))
+        if self.streaming and self.guard is not None:
+            for found in self.guard.stream_conflicts():
+                yield found._replace(key=f"guard.{found.key}", also=("streaming",))
         yield from self._column_conflicts("columns", self.columns, self.format)
         for key, source in self.sources():
             if isinstance(source, SourceSettings) and source.columns:
@@ -100,7 +84,8 @@ class DataSettings(Settings):
 
     def sources(self) -> Iterator[tuple[str, str | SourceSettings]]:
         """Every source with its key, e.g. ``("train.0", "a.jsonl")``."""
-        for key, named in (("train", self.train), ("eval", self.eval)):
+        against = self.guard.leaks.against if self.guard and self.guard.leaks else None
+        for key, named in (("train", self.train), ("eval", self.eval), ("guard.leaks.against", against)):
             if isinstance(named, list):
                 yield from ((f"{key}.{i}", source) for i, source in enumerate(named))
             elif named is not None and not isinstance(named, EvalSplitSettings):

@@ -138,6 +138,14 @@ def eval_sources(settings: DataSettings) -> list[Source]:
     return resolve(settings.eval, "data.eval", settings)
 
 
+def test_sources(settings: DataSettings) -> list[Source]:
+    """The further test sets of ``data.guard.leaks.against``; their format is detected where it is not given."""
+    leaks = settings.guard.leaks if settings.guard is not None else None
+    if leaks is None or leaks.against is None:
+        return []
+    return resolve(leaks.against, "data.guard.leaks.against", settings.model_copy(update={"format": "auto"}))
+
+
 def read(source: Source, *, streaming: bool = False) -> Rows:
     """All rows of a source in order; a hub data set is fetched whole, or with ``streaming`` as it is read.
 
@@ -195,7 +203,7 @@ def digest(settings: DataSettings, key: str = "data.train") -> dict[str, str]:
     """
     digests: dict[str, str] = {}
     problems: list[str] = []
-    for source in [*train_sources(settings, key), *eval_sources(settings)]:
+    for source in [*train_sources(settings, key), *eval_sources(settings), *test_sources(settings)]:
         try:
             if source.is_hub:
                 digests[f"{source.path}@{source.split}"] = _hub_digest(source)

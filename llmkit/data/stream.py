@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.data import report as reports
+from llmkit.data.guard.gate import StreamGuard
 from llmkit.data.pipeline import Drawer, chunks, encode_chunk, new_report, open_source, refuse_empty
 from llmkit.data.readers import is_uri
 from llmkit.data.render import Renderer
@@ -47,6 +49,11 @@ class TokenStream:
         sizes = [_size(source) for source in self._sources]
         self._sizes = sizes if all(sizes) else [1] * len(sizes)
         self.reports: list[SourceReport] = [new_report(source) for source in self._sources]
+        self._guard = StreamGuard(settings.guard) if settings.guard is not None else None
+
+    def guarded(self) -> dict[str, Any]:
+        """What ``data.guard`` found in the rows read so far, for the report; ``{}`` without it."""
+        return self._guard.to_dict() if self._guard is not None else {}
 
     def skip(self, rows: int) -> TokenStream:
         """Leave out the first ``rows`` rows of this rank, as a resumed run does. Returns the stream itself."""
@@ -76,6 +83,8 @@ class TokenStream:
             for source, report in zip(self._sources, self.reports, strict=True)
         ]
         makers = [make for _, make in opened]
+        if self._guard is not None:
+            makers = [self._guard.around(make, source.key) for make, source in zip(makers, self._sources, strict=True)]
         started = [_started(rows, report) for (rows, _), report in zip(opened, self.reports, strict=True)]
         mixed = self._mix(started, epoch)
         order = self._shuffled(mixed, epoch) if self._settings.shuffle else mixed

@@ -23,7 +23,8 @@ class Recipe(TrainingRecipe):
         if self.data.format not in ("auto", "text"):
             yield Conflict("data.format", f"continued pre-training reads text, not {self.data.format}", hint)
         for key, source in self.data.sources():
-            if isinstance(source, SourceSettings) and source.format not in (None, "text"):
+            trained = not key.startswith("guard.")
+            if trained and isinstance(source, SourceSettings) and source.format not in (None, "text"):
                 message = f"continued pre-training reads text, not {source.format}"
                 yield Conflict(f"data.{key}.format", message, hint)
 
