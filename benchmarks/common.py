@@ -17,7 +17,9 @@ RESULTS = REPO / "benchmarks" / "results"
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """CPU model and its matrix instructions, cores, threads that the run was given, memory, load now, Python and the versions of ``packages``."""
+    """CPU model and its matrix instructions, cores, threads given to the run, memory, load now, Python and the versions
+    of ``packages``.
+    """
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8") if info.exists() else ""
     model = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
