@@ -37,16 +37,57 @@ __all__ = [
 ]
 
 
+class Hint(NamedTuple):
+    """What a text must have for a finder to be worth running, and how far around it the finder has to look.
+
+    ``before`` and ``behind``, in characters, reach over the longest value and the words that label it.
+    """
+
+    pattern: re.Pattern[str]
+    before: int
+    behind: int
+    signs: tuple[str, ...] = ()
+    """Where given, a text without any of them has no match: plain search is faster than the pattern."""
+
+    def windows(self, text: str) -> list[tuple[int, int]]:
+        """Parts of ``text`` to look at, apart and in order."""
+        if self.signs and not any(sign in text for sign in self.signs):
+            return []
+        windows: list[tuple[int, int]] = []
+        for match in self.pattern.finditer(text):
+            start, end = max(0, match.start() - self.before), match.end() + self.behind
+            if windows and start <= windows[-1][1]:
+                start = windows.pop()[0]
+            windows.append((start, end))
+        return windows
+
+
 class Detector(NamedTuple):
     """A kind of personal data. ``ready`` makes its finder for some phone regions (others ignore them).
 
-    ``hint`` is what a text must have for the finder to be worth running: an ``at`` sign, ``digits`` (seven close
-    together, or an address), a ``token`` (sixteen characters without a space) or anything at all.
+    Without a ``hint`` the finder reads every text whole.
     """
 
     ready: Callable[[Sequence[str]], Finder]
-    hints: tuple[str, ...]
+    hint: Hint | None
     pseudonym: Callable[[str, str, pseudonyms.Draw], str]
+
+
+# Seven digits close together, an address of numbers and points or colons, the beginning of an IBAN.
+_DIGITS = Hint(
+    re.compile(
+        r"[0-9](?:(?:[ \-./()]{0,3}[0-9]){6}|[0-9]{0,2}\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]|[0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2}"
+        r"|(?<=[A-Za-z]{2}[0-9]{2})(?:[A-Za-z0-9]{8}|[ \-][A-Za-z0-9]{4}[ \-]))"
+    ),
+    before=64,
+    behind=64,
+)
+_AT = Hint(
+    re.compile(r"@|골뱅이|(?:at|AT)\s?[)\]}>]"),
+    before=128,
+    behind=192,
+    signs=("@", "골뱅이", "at)", "at]", "at}", "at>", "at )", "at ]", "AT)", "AT]", "AT}"),
+)
 
 
 def _plain(find: Finder) -> Callable[[Sequence[str]], Finder]:
@@ -54,30 +95,20 @@ def _plain(find: Finder) -> Callable[[Sequence[str]], Finder]:
 
 
 KINDS: dict[Kind, Detector] = {
-    "secret": Detector(_plain(secret.find), ("token", "at"), pseudonyms.secret),
-    "iban": Detector(_plain(iban.find), ("digits", "token"), pseudonyms.iban),
-    "cn_id": Detector(_plain(national.find_cn_id), ("digits",), pseudonyms.cn_id),
-    "card": Detector(_plain(card.find), ("digits",), pseudonyms.card),
-    "kr_rrn": Detector(_plain(national.find_kr_rrn), ("digits",), pseudonyms.kr_rrn),
-    "tw_id": Detector(_plain(national.find_tw_id), ("digits",), pseudonyms.tw_id),
-    "us_ssn": Detector(_plain(national.find_us_ssn), ("digits",), pseudonyms.us_ssn),
-    "email": Detector(_plain(email.find), ("at",), pseudonyms.email),
-    "ip": Detector(_plain(ip.find), ("digits",), pseudonyms.ip),
-    "phone": Detector(phone.finder, ("digits",), pseudonyms.phone),
-    "name": Detector(lambda _regions: presidio.finder("name"), ("any",), pseudonyms.name),
-    "address": Detector(lambda _regions: presidio.finder("address"), ("any",), pseudonyms.address),
+    "secret": Detector(_plain(secret.find), None, pseudonyms.secret),
+    "iban": Detector(_plain(iban.find), _DIGITS, pseudonyms.iban),
+    "cn_id": Detector(_plain(national.find_cn_id), _DIGITS, pseudonyms.cn_id),
+    "card": Detector(_plain(card.find), _DIGITS, pseudonyms.card),
+    "kr_rrn": Detector(_plain(national.find_kr_rrn), _DIGITS, pseudonyms.kr_rrn),
+    "tw_id": Detector(_plain(national.find_tw_id), _DIGITS, pseudonyms.tw_id),
+    "us_ssn": Detector(_plain(national.find_us_ssn), _DIGITS, pseudonyms.us_ssn),
+    "email": Detector(_plain(email.find), _AT, pseudonyms.email),
+    "ip": Detector(_plain(ip.find), _DIGITS, pseudonyms.ip),
+    "phone": Detector(phone.finder, _DIGITS, pseudonyms.phone),
+    "name": Detector(lambda _regions: presidio.finder("name"), None, pseudonyms.name),
+    "address": Detector(lambda _regions: presidio.finder("address"), None, pseudonyms.address),
 }
 """Name to detector, the most specific kind first."""
-
-# One pass each over a text decides which finders run; most rows of most data sets need none.
-_HINTS: dict[str, Callable[[str], object]] = {
-    "at": re.compile(r"@|골뱅이|[(\[{<]\s?(?:at|AT)\s?[)\]}>]").search,
-    "digits": re.compile(
-        r"[0-9](?:(?:[^0-9\n]{0,3}[0-9]){6}|[0-9]{0,2}\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]|[0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2})"
-    ).search,
-    "token": re.compile(r"[A-Za-z0-9_+/.=\-]{16}|PRIVATE KEY").search,
-    "any": bool,
-}
 
 
 class Cleaned(NamedTuple):
@@ -112,8 +143,8 @@ class PrivacyFilter:
         self.action: Action = action
         self.regions = tuple(regions)
         self._key = key or (pseudonyms.key_from_environment() if action == "pseudonymize" else b"")
-        self._finders = [(kind, KINDS[kind].hints, KINDS[kind].ready(self.regions)) for kind in self.kinds]
-        self._hints = sorted({hint for kind in self.kinds for hint in KINDS[kind].hints})
+        self._finders = [(kind, KINDS[kind].hint, KINDS[kind].ready(self.regions)) for kind in self.kinds]
+        self._hints = {hint for _, hint, _ in self._finders if hint}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(PrivacyFilter, self.kinds, self.action, key=self._key, regions=self.regions), ()
@@ -161,15 +192,12 @@ class PrivacyFilter:
     def _matches(self, text: str) -> list[tuple[Finding, str]]:
         """Findings and the canonical forms of their values."""
         view = normalize(text)
-        hints = {hint for hint in self._hints if _HINTS[hint](view.text)}
-        if not hints:
-            return []
+        windows = {None: [(0, len(view.text))], **{hint: hint.windows(view.text) for hint in self._hints}}
         taken: list[tuple[Finding, str]] = []
-        for kind, needs, find in self._finders:
-            if hints.isdisjoint(needs):
-                continue
-            for match in sorted(find(view.text), key=lambda match: match.start - match.end):
-                start, end = view.span(match.start, match.end)
+        for kind, hint, find in self._finders:
+            found = [(first, match) for first, last in windows[hint] for match in find(view.text[first:last])]
+            for first, match in sorted(found, key=lambda pair: pair[1].start - pair[1].end):
+                start, end = view.span(first + match.start, first + match.end)
                 if all(end <= other.start or start >= other.end for other, _ in taken):
                     taken.append((Finding(kind, start, end), match.canonical))
         return sorted(taken, key=lambda found: found[0].start)

@@ -50,20 +50,25 @@ _ISSUERS: tuple[tuple[int, int, tuple[int, ...]], ...] = (
 def find(text: str) -> Iterator[Match]:
     """Numbers of a known issuer with a right check digit, and no label that says they are something else.
 
-    Lengths of 12 to 14 digits are those of barcodes (GTIN), which pass Luhn one time in ten: they must be grouped as cards
-    are or stand beside a word for card.
+    Bare numbers of unusual lengths must stand beside a word for card: 12 to 14 digits are barcodes (GTIN), 17 to 19 order
+    numbers, and one in ten of them passes Luhn.
     """
     for match in _CANDIDATE.finditer(text):
         end = match.end()
-        if match["tail"] and not is_card(_digits(match[0])):
+        if match["tail"] and match["by"] == " " and not is_card(_digits(match[0])):
             end = match.start("tail")  # a number of its own that follows, "4111 1111 1111 1111 12"
         digits = _digits(text[match.start() : end])
-        if not is_card(digits):
+        if not is_card(digits) or labels.in_longer_run(text, match.start(), end):
             continue
         label = labels.of(text, match.start(), end)
         grouped = len(digits) != end - match.start()
-        if label == "card" or (label != "other" and (grouped or len(digits) >= 15)):
+        if label == "card" or (label != "other" and (grouped or _usual(digits))):
             yield Match(match.start(), end, digits)
+
+
+def _usual(digits: str) -> bool:
+    """Whether a bare number is as long as nearly all cards are: 15, 16, and 19 for China's debit cards."""
+    return len(digits) in (15, 16) or (len(digits) == 19 and digits.startswith("62"))
 
 
 def _digits(text: str) -> str:

@@ -7,15 +7,17 @@ from collections.abc import Iterator
 
 from llmkit.data.guard.detectors.base import Match
 
+_SPELLED_DOT = r"\s?[(\[{]\s?(?:dot|DOT|점)\s?[)\]}]\s?"
 _ADDRESS = re.compile(
     r"(?<![A-Za-z0-9._%+\-])"
-    r"(?P<local>[A-Za-z0-9_][A-Za-z0-9._%+\-']{0,62}[A-Za-z0-9_+\-]|[A-Za-z0-9_])"
+    rf"(?P<local>(?:[A-Za-z0-9_+\-]{{1,32}}{_SPELLED_DOT}){{0,3}}"
+    r"(?:[A-Za-z0-9_][A-Za-z0-9._%+\-']{0,62}[A-Za-z0-9_+\-]|[A-Za-z0-9_]))"
     r"(?:@|\s?[(\[{<]\s?(?:at|AT|@|골뱅이)\s?[)\]}>]\s?|\s골뱅이\s)"
-    r"(?P<domain>(?:[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?(?:\.|\s?[(\[{]\s?(?:dot|DOT|점)\s?[)\]}]\s?)){1,5}"
+    rf"(?P<domain>(?:[A-Za-z0-9](?:[A-Za-z0-9\-]{{0,61}}[A-Za-z0-9])?(?:\.|{_SPELLED_DOT})){{1,5}}"
     r"(?P<tld>xn--[A-Za-z0-9\-]{2,59}|[A-Za-z]{2,24}))"
     r"(?![A-Za-z0-9_@]|-[A-Za-z0-9])"
 )
-_DOT = re.compile(r"\s?[(\[{]\s?(?:dot|DOT|점)\s?[)\]}]\s?")
+_DOT = re.compile(_SPELLED_DOT)
 # Names that RFC 2606 and RFC 6761 keep for examples belong to nobody.
 _RESERVED = re.compile(r"(?i)(?:^|\.)(?:example\.(?:com|net|org)|example|test|invalid|localhost)$")
 # "logo@2x.png" is a picture for fine screens; none of these is a top-level domain.
@@ -40,7 +42,8 @@ def find(text: str) -> Iterator[Match]:
     for match in _ADDRESS.finditer(text):
         domain = _DOT.sub(".", match["domain"]).lower()
         if _is_address(text, match, domain):
-            yield Match(match.start(), match.end(), f"{match['local'].lower()}@{domain}")
+            local = _DOT.sub(".", match["local"]).lower()
+            yield Match(match.start(), match.end(), f"{local}@{domain}")
 
 
 def _is_address(text: str, match: re.Match[str], domain: str) -> bool:

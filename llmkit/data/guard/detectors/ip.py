@@ -53,7 +53,7 @@ def _public(text: str) -> str | None:
 
 
 def _not_a_version(text: str, match: re.Match[str]) -> bool:
-    label = labels.before(text, match.start())
+    label = labels.of(text, *match.span())
     if label == "ip":
         return True
     octets = [int(part) for part in match[0].split(".")]

@@ -43,8 +43,8 @@ _BARCODE = re.compile(r"880|69[0-9]|45|49|471")
 def find_kr_rrn(text: str) -> Iterator[Match]:
     """Resident and foreigner registration numbers, 13 digits.
 
-    A right check digit is enough. Numbers given since 2020-10-05 have none: written with the hyphen they count when the
-    birth date is that late, or beside a label whatever the date is.
+    A right check digit is enough. Numbers given since 2020-10-05 have none: they count beside a label, and without one
+    those of citizens born since then, written with the hyphen.
     """
     for match in _RRN.finditer(text):
         digits = match[1] + match[3]
@@ -59,7 +59,7 @@ def find_kr_rrn(text: str) -> Iterator[Match]:
 def _is_plain_rrn(digits: str, separator: str, born: date) -> bool:
     if rrn_check(digits):
         return bool(separator) or not (_BARCODE.match(digits) and _ean13(digits))
-    return "-" in separator and born >= _RANDOM_SINCE
+    return "-" in separator and born >= _RANDOM_SINCE and digits[6] in "34"
 
 
 def _rrn_birth(digits: str) -> date | None:

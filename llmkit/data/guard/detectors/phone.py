@@ -42,6 +42,9 @@ _OTHER_CUTS: dict[int, tuple[frozenset[int], ...]] = {
 }
 
 
+_LONGEST_BARE = 11  # digits of a mobile number in the regions we know best; longer runs are order numbers
+
+
 class _Reading(NamedTuple):
     """A candidate read as a number of one region."""
 
@@ -77,11 +80,12 @@ def _in_candidate(text: str, candidate: re.Match[str], regions: Sequence[str]) -
     first = 0
     while first < len(groups):
         for last in range(len(groups) - 1, first - 1, -1):
-            found = _read(text, candidate, groups[first : last + 1], regions)
-            if found:
+            if found := _read(text, candidate, groups[first : last + 1], regions):
                 yield found
                 break
         else:
+            if "+" in candidate[0]:
+                return  # what follows a country code is no number by itself
             last = first
         first = last + 1
 
@@ -93,16 +97,17 @@ def _read(text: str, candidate: re.Match[str], groups: list[tuple[int, int]], re
         return None
     while start > candidate.start() and text[start - 1] in "+( ":
         start -= 1
-    start += len(text[start:end]) - len(text[start:end].lstrip(" "))
-    abroad = "+" in text[start : groups[0][0]] or bool(_COUNTRY_WITHOUT_PLUS.match(text[groups[0][0] : end]))
-    reading = _international(digits) if abroad else _national(digits, regions)
-    if reading is None or not _groups_fit(digits, groups, reading):
-        return None
-    if not _meant(text, start, end, reading, whole=len(groups) == 1, abroad=abroad):
-        return None
-    while text[start] == "(" and ")" not in text[start:end]:
+    while text[start] == " " or text[start:end].count("(") > text[start:end].count(")"):
         start += 1
-    return Match(start, end, f"+{reading.number.country_code} {reading.national}")
+    if labels.in_longer_run(text, start, end):
+        return None
+    abroad = "+" in text[start : groups[0][0]] or bool(_COUNTRY_WITHOUT_PLUS.match(text[groups[0][0] : end]))
+    readings = _international(digits) if abroad else _national(digits, regions)
+    for reading in sorted(readings, key=lambda reading: not reading.mobile):
+        fits = abroad or _groups_fit(groups, reading)
+        if fits and _meant(text, start, end, reading, whole=len(groups) == 1, abroad=abroad):
+            return Match(start, end, f"+{reading.number.country_code} {reading.national}")
+    return None
 
 
 def _stands_alone(text: str, candidate: re.Match[str], start: int, end: int) -> bool:
@@ -111,7 +116,7 @@ def _stands_alone(text: str, candidate: re.Match[str], start: int, end: int) -> 
     return (not before.strip("+( ") or before.endswith(" ")) and (not behind or behind.startswith((" ", ")", "(", "/")))
 
 
-def _international(digits: str) -> _Reading | None:
+def _international(digits: str) -> list[_Reading]:
     import phonenumbers
 
     digits = re.sub(r"^00", "", digits)
@@ -119,13 +124,15 @@ def _international(digits: str) -> _Reading | None:
     try:
         number = phonenumbers.parse("+" + digits, None)
     except phonenumbers.NumberParseException:
-        return None
-    return _personal(number) if phonenumbers.is_valid_number(number) and not _nobodys(number) else None
+        return []
+    return _personal(number) if phonenumbers.is_valid_number(number) and not _nobodys(number) else []
 
 
-def _national(digits: str, regions: Sequence[str]) -> _Reading | None:
+def _national(digits: str, regions: Sequence[str]) -> list[_Reading]:
+    """What the digits can be in each region; nothing where one of them is a number that nobody has."""
     import phonenumbers
 
+    readings: list[_Reading] = []
     for region in regions:
         if region in _FIRST and not _FIRST[region].match(digits):
             continue
@@ -133,13 +140,11 @@ def _national(digits: str, regions: Sequence[str]) -> _Reading | None:
             number = phonenumbers.parse(digits, region)
         except phonenumbers.NumberParseException:
             continue
-        if not phonenumbers.is_valid_number_for_region(number, region):
-            continue
-        if _nobodys(number):
-            return None
-        if reading := _personal(number):
-            return reading
-    return None
+        if phonenumbers.is_valid_number_for_region(number, region):
+            if _nobodys(number):
+                return []
+            readings += _personal(number)
+    return readings
 
 
 def _nobodys(number: PhoneNumber) -> bool:
@@ -150,8 +155,8 @@ def _nobodys(number: PhoneNumber) -> bool:
     )
 
 
-def _personal(number: PhoneNumber) -> _Reading | None:
-    """The reading if a person can have the number: not toll-free and its like."""
+def _personal(number: PhoneNumber) -> list[_Reading]:
+    """The number if a person can have it: not toll-free and its like."""
     from phonenumbers import PhoneNumberType, national_significant_number, number_type
 
     kind = number_type(number)
@@ -163,27 +168,25 @@ def _personal(number: PhoneNumber) -> _Reading | None:
         PhoneNumberType.VOIP,
         PhoneNumberType.PERSONAL_NUMBER,
     ):
-        return None
-    return _Reading(number, national, mobile=kind == PhoneNumberType.MOBILE)
+        return []
+    return [_Reading(number, national, mobile=kind == PhoneNumberType.MOBILE)]
 
 
-def _groups_fit(digits: str, groups: list[tuple[int, int]], reading: _Reading) -> bool:
-    """Whether the number is cut only where its region cuts it, so that a date and a time are not one number."""
+def _groups_fit(groups: list[tuple[int, int]], reading: _Reading) -> bool:
+    """Whether the number is cut where its region cuts it, its area code at least, so that a date and a time are none."""
     import phonenumbers
 
-    cuts, right = set(), 0
-    for start, end in reversed(groups[1:]):
-        right += end - start
-        cuts.add(right)
-    cuts = {cut for cut in cuts if cut < len(reading.national)}  # country code and trunk prefix may stand alone
-    if len(digits) > len(reading.national) + 6:
-        return False
     formatted = phonenumbers.format_number(reading.number, phonenumbers.PhoneNumberFormat.INTERNATIONAL)
-    usual, right = set(), 0
-    for group in reversed(_GROUP.findall(formatted)[1:]):
-        right += len(group)
-        usual.add(right)
-    return any(cuts <= allowed for allowed in (usual, *_OTHER_CUTS.get(reading.number.country_code or 0, ())))
+    usual = _cuts([len(group) for group in _GROUP.findall(formatted)[1:]])
+    cuts = _cuts([end - start for start, end in groups])
+    cuts = {cut for cut in cuts if cut < len(reading.national)}  # the trunk prefix may stand alone
+    known = (usual, *_OTHER_CUTS.get(reading.number.country_code or 0, ()))
+    return not cuts or any(cuts <= allowed and max(allowed) in cuts for allowed in known if allowed)
+
+
+def _cuts(lengths: list[int]) -> set[int]:
+    """Where groups of these lengths are cut, in digits from the right."""
+    return {sum(lengths[at:]) for at in range(1, len(lengths))}
 
 
 def _meant(text: str, start: int, end: int, reading: _Reading, *, whole: bool, abroad: bool) -> bool:
@@ -193,4 +196,4 @@ def _meant(text: str, start: int, end: int, reading: _Reading, *, whole: bool, a
     label = labels.of(text, start, end)
     if label == "phone":
         return True
-    return label is None and (not whole or abroad or reading.mobile)
+    return label is None and (not whole or abroad or (reading.mobile and end - start <= _LONGEST_BARE))

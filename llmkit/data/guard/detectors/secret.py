@@ -66,6 +66,8 @@ _KEY_BLOCK = re.compile(
 _USERINFO = re.compile(
     r"[A-Za-z][A-Za-z0-9+.\-]{1,20}://[^\s/@:\"'<>]{0,80}:(?P<password>[^\s/@\"'<>]{3,120})@[A-Za-z0-9.\-\[]"
 )
+_SHORTEST = 16
+_RUN = re.compile(r"[A-Za-z0-9_+/.=:\-]{16,}")
 _TOKEN = re.compile(r"(?<![A-Za-z0-9_+/.\-])[A-Za-z0-9_+/.\-]{16,200}={0,2}(?![A-Za-z0-9_+/.\-=])")
 _PLACEHOLDER = re.compile(
     r"(?i)example|sample|placeholder|change[-_]?me|your[-_]|dummy|redacted|insert[-_]|replace|xxxx|\*\*\*|\.\.\.|0000000|1234567890"
@@ -77,15 +79,23 @@ def find(text: str) -> Iterator[Match]:
     """Known formats, private key blocks, passwords in URIs, and random-looking strings beside a word for secret."""
     if "PRIVATE KEY" in text:
         yield from (Match(*block.span(), block[0]) for block in _KEY_BLOCK.finditer(text))
-    for match in _KNOWN.finditer(text):
-        if not _is_published(match[0]) and (match["jwt"] is None or _is_jwt(match[0])):
-            yield Match(*match.span(), match[0])
-    if "://" in text:
+    if "://" in text and "@" in text:
         for match in _USERINFO.finditer(text):
             if not _is_variable(match["password"]):
                 yield Match(*match.span("password"), match["password"])
-    for match in _TOKEN.finditer(text):
-        if labels.before(text, match.start()) == "secret" and _is_random(match[0]):
+    if text.isascii() and len(max(text.split(), key=len, default="")) < _SHORTEST:
+        return  # nothing here is as long as a key
+    for run in _RUN.finditer(text):
+        yield from _in_run(text, *run.span())
+
+
+def _in_run(text: str, start: int, end: int) -> Iterator[Match]:
+    """Keys in a run of characters that keys are made of."""
+    for match in _KNOWN.finditer(text, start, end):
+        if not _is_published(match[0]) and (match["jwt"] is None or _is_jwt(match[0])):
+            yield Match(*match.span(), match[0])
+    for match in _TOKEN.finditer(text, start, end):
+        if _is_random(match[0]) and labels.before(text, match.start()) == "secret":
             yield Match(*match.span(), match[0])
 
 
@@ -113,7 +123,14 @@ def _is_random(value: str) -> bool:
     """Digits and letters mixed as a generator mixes them: no words, paths, placeholders, versions."""
     letters = sum(char.isalpha() for char in value)
     digits = sum(char.isdigit() for char in value)
-    if letters < 3 or digits < 2 or value.count("/") > 3 or value.count(".") > 2 or _PLACEHOLDER.search(value):
+    mixed = digits > 0 and value.lower() != value != value.upper()
+    if (
+        letters < 3
+        or (digits < 2 and not mixed)
+        or value.count("/") > 3
+        or value.count(".") > 2
+        or _PLACEHOLDER.search(value)
+    ):
         return False
     return entropy(value) >= _MIN_BITS
 
