@@ -26,6 +26,7 @@ from llmkit.data.guard.minhash import Bands, MinHasher
 from llmkit.data.guard.ngrams import Hashes, Offsets
 from llmkit.data.guard.perplexity import HISTOGRAM, cut, histogram, score
 from llmkit.data.guard.privacy import PrivacyFilter
+from llmkit.data.guard.publish import LENGTHS, draw_lengths
 from llmkit.data.guard.settings import GuardSettings
 from llmkit.data.guard.view import fingerprint, strings, view
 from llmkit.data.guard.workers import Pool, processes
@@ -42,7 +43,7 @@ SAMPLE = 20_000
 """Rows from whose shingles the common ones are told."""
 _WORTH_PROCESSES = 8_000_000
 Mask = NDArray[np.bool_]
-FILES = (REPORT, ROWS, HISTOGRAM)
+FILES = (REPORT, ROWS, HISTOGRAM, LENGTHS)
 """What ``examine`` writes into its output folder."""
 
 
@@ -106,7 +107,8 @@ class _Examination:
         self._work, self._output, self._progress = work, output, progress
         self._find = finder(guard)
         self._audit = self._find.audit() if self._find else None
-        redact = PrivacyFilter(guard.privacy.kinds if guard.privacy else DEFAULT_KINDS, "redact")
+        kinds = guard.privacy.kinds if guard.privacy else [kind for kind in DEFAULT_KINDS if kind != "phone"]
+        redact = PrivacyFilter(kinds, "redact")
         self._redact: Callable[[str], str] = lambda text: redact.clean(text, 0)
         self._bands: Bands | None = None
         self._overlaps: Overlaps | None = None
@@ -138,6 +140,7 @@ class _Examination:
             report["quality"]["perplexity"] = self._perplexity(ledger)
         report["dropped"] = {"rows": sum(findings.dropped_by.values()), "by": dict(findings.dropped_by)}
         write_json(self._output / REPORT, report)
+        draw_lengths(self._output / LENGTHS, ledger.lengths)
         return self._verdict(ledger, labels, tests, report)
 
     def _verdict(self, ledger: Ledger, labels: Offsets | None, tests: _Tests, report: dict[str, Any]) -> Verdict:

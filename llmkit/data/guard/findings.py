@@ -97,3 +97,9 @@ def found_by_check(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     if "perplexity" in quality:
         found["perplexity"] = quality["perplexity"]
     return found
+
+
+def metrics(report: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers for the tracker: rows, and rows by check."""
+    found = {f"guard_{name}": float(check["rows"]) for name, check in found_by_check(report).items()}
+    return {"guard_rows": float(report["rows"]), "guard_dropped": float(report["dropped"]["rows"]), **found}

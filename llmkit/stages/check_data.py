@@ -1,0 +1,91 @@
+"""Check a training recipe's data, and train nothing: ``llmkit check-data recipe.yaml``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmkit.context import Result, RunContext
+from llmkit.data.guard.settings import GuardSettings
+from llmkit.errors import DataError
+from llmkit.modeling.settings import AdapterSettings
+from llmkit.recipe import LaunchSettings
+from llmkit.training.settings import TrainingRecipe
+
+if TYPE_CHECKING:
+    from llmkit.data.guard.examine import Verdict
+
+REPORT_MD, REPORT_HTML = "guard_report.md", "guard_report.html"
+
+
+class Recipe(TrainingRecipe):
+    """Look for personal data, duplicates, leaked test data, damaged rows and licences in the data of any training
+    recipe (sft, lora, cpt), as it is. Without ``data.guard`` the guard's defaults hold."""
+
+    starts_over: ClassVar[bool] = True
+    folder_suffix: ClassVar[str] = "-check-data"
+
+    adapter: AdapterSettings | None = None
+    """The adapter of a recipe for `llmkit lora`; not looked at."""
+    launch: LaunchSettings = LaunchSettings(processes=1)
+    """How the run is started; the rows are checked by one process and its helpers."""
+
+
+def run(recipe: Recipe, ctx: RunContext) -> Result:
+    from llmkit.data.guard.examine import examine
+    from llmkit.data.guard.findings import metrics
+
+    result = Result(stage="check-data", name=recipe.name, output_dir=ctx.output_dir)
+    if not ctx.is_main:
+        return result
+    guard = recipe.data.guard or GuardSettings()
+    data = recipe.data.model_copy(update={"guard": guard})
+    found, refusals = _licences(recipe, guard, ctx)
+    verdict = examine(data, guard, ctx.output_dir / "work", ctx.output_dir, ctx.progress)
+    problems = [*refusals, *verdict.problems]
+    numbers = metrics(verdict.report)
+    artifacts = _publish(recipe, ctx, verdict, {"licences": found, "problems": problems})
+    ctx.tracker.metrics(numbers, 0)
+    if problems:
+        raise DataError("\n".join([*problems, f"The whole report: {ctx.output_dir / REPORT_HTML}"]))
+    return Result(stage="check-data", name=recipe.name, output_dir=ctx.output_dir, metrics=numbers, artifacts=artifacts)
+
+
+def _licences(recipe: Recipe, guard: GuardSettings, ctx: RunContext) -> tuple[list[dict[str, str]], list[str]]:
+    """Licences as rows of the report, and what ``allow_licenses`` refuses."""
+    from llmkit.modeling.licences import as_rows, as_tags, licences, refuse
+
+    found = licences(recipe.model, recipe.data)
+    ctx.tracker.tags(as_tags(found))
+    try:
+        refuse(found, guard)
+    except DataError as refusal:
+        return as_rows(found), [str(refusal)]
+    return as_rows(found), []
+
+
+def _publish(recipe: Recipe, ctx: RunContext, verdict: Verdict, more: dict[str, Any]) -> dict[str, str]:
+    """Write, print and track the report; gives the artifacts by name."""
+    import shutil
+
+    from llmkit.data.guard.examine import FILES, REPORT
+    from llmkit.data.guard.publish import html_page, markdown, text_table
+    from llmkit.data.report import write_json
+    from llmkit.data.sources import digest
+
+    folder = ctx.output_dir
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    images = [name for name in FILES if name.endswith(".png") and (folder / name).is_file()]
+    report = verdict.report | more | {"images": images}
+    title = f"Data of {recipe.name}"
+    write_json(folder / REPORT, report)
+    (folder / REPORT_MD).write_text(markdown(report, title), encoding="utf-8")
+    page = html_page(report, title, {name: (folder / name).read_bytes() for name in images})
+    (folder / REPORT_HTML).write_text(page, encoding="utf-8")
+    for line in text_table(report).splitlines():
+        ctx.progress.note(line)
+    for path, fingerprint in digest(recipe.data).items():
+        ctx.tracker.dataset(path.rsplit("/", 1)[-1], fingerprint, path, "train", {"rows": verdict.report["rows"]})
+    files = [name for name in (*FILES, REPORT_MD, REPORT_HTML) if (folder / name).is_file()]
+    for name in files:
+        ctx.tracker.artifact(folder / name)
+    return {name.rsplit(".", 1)[0] if name.endswith(".png") else name.replace(".", "_"): name for name in files}
