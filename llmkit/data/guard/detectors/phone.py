@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from phonenumbers import PhoneNumber
 
 _CANDIDATE = re.compile(
-    r"(?<![0-9A-Za-z_+])(?<![0-9][.,/\-:])(?<![A-Za-z]-)"
-    r"\(?\+?[ ]?\(?[0-9](?:[ \-./()]{0,3}[0-9]){6,18}(?![0-9A-Za-z_]|[.,\-/:][0-9]|-[A-Za-z])"
+    r"(?<![0-9A-Za-z_+])(?<![0-9][.,\-:])(?<![A-Za-z]-)"
+    r"\(?\+?[ ]?\(?[0-9](?:[ \-.()]{0,3}[0-9]){6,18}(?![0-9A-Za-z_]|[.,\-:][0-9]|-[A-Za-z])"
 )
 _GROUP = re.compile(r"[0-9]+")
 _COUNTRY_WITHOUT_PLUS = re.compile(r"(?:82|81|886)[ \-][1-9]|86[ \-]1[3-9]|00[1-9]")
@@ -113,7 +113,7 @@ def _read(text: str, candidate: re.Match[str], groups: list[tuple[int, int]], re
 def _stands_alone(text: str, candidate: re.Match[str], start: int, end: int) -> bool:
     """Whether only spaces (or the ends of the candidate) cut the groups off from what is beside them."""
     before, behind = text[candidate.start() : start], text[end : candidate.end()]
-    return (not before.strip("+( ") or before.endswith(" ")) and (not behind or behind.startswith((" ", ")", "(", "/")))
+    return (not before.strip("+( ") or before.endswith(" ")) and (not behind or behind.startswith((" ", ")", "(")))
 
 
 def _international(digits: str) -> list[_Reading]:
