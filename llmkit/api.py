@@ -15,8 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmkit import runner, stages
+from llmkit import rundir, runner, stages
 from llmkit.context import Result
+from llmkit.launch import local
+from llmkit.launch.job import Job
 from llmkit.recipe import Recipe, load_recipe, parse
 
 RecipeLike = str | Path | Recipe | Mapping[str, Any]
@@ -40,13 +42,16 @@ def run(
     output_dir: str | Path | None = None,
     resume: str = "auto",
 ) -> Result:
-    """Run ``stage`` in this process and give back its result.
+    """Run ``stage`` and give back its result: in this process, or in as many as ``launch.processes`` says.
 
     ``recipe`` is the path of a YAML file, a mapping like one, or the stage's ``Recipe``; ``overrides`` are
     ``{"train.max_steps": 20}`` or ``["train.max_steps=20"]``. Raises the classes of ``llmkit.errors``.
     """
     resolved = resolve(stage, recipe, overrides, output_dir=output_dir)
-    return runner.run(resolved, stage, resume)
+    folder = Path(resolved.output_dir).expanduser().absolute()
+    argv = ("llmkit", "run", str(folder / rundir.RECIPE))
+    job = Job(argv, output_dir=folder, cwd=Path.cwd(), resources=local.resources(resolved))
+    return local.submit(job, resolved, stage, resume)
 
 
 def resolve(

@@ -21,7 +21,7 @@ from typing import Annotated, TextIO
 import typer
 from typer.exceptions import Abort, TyperException
 
-from llmkit import __version__
+from llmkit import __version__, launch, ranks
 from llmkit.launch import LAUNCHERS
 from llmkit.reply import Reply
 from llmkit.stages import STAGES
@@ -122,8 +122,9 @@ def _stage_command(stage: str) -> Callable[..., Action]:
 
         changes = [*(overrides or []), *(set_ or [])]
         return lambda: commands.stage(
-            stage, recipe, changes, launcher=launcher, output_dir=output_dir, resume=resume, dry_run=dry_run
-        )
+            stage, recipe, changes, launcher=launcher, output_dir=output_dir, resume=resume, dry_run=dry_run,
+            debug=debug,
+        )  # fmt: skip
 
     return command
 
@@ -147,7 +148,7 @@ def run(
     """
     from llmkit import commands
 
-    return lambda: commands.run_frozen(recipe, resume=resume, dry_run=dry_run)
+    return lambda: commands.run_frozen(recipe, resume=resume, dry_run=dry_run, debug=debug)
 
 
 def init(
@@ -274,6 +275,9 @@ def sync(run: RunArg, json: JsonOption = False, debug: DebugOption = False) -> A
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; gives back the exit code."""
+    ranks.follow_launcher()
+    if argv is None:
+        launch.PROGRAM = _program()
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     as_json, debug = "--json" in options, "--debug" in options
@@ -288,6 +292,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         except BaseException as exc:  # noqa: BLE001  the one place that knows what every exception means
             return _fail(exc, out, as_json=as_json, debug=debug)
+
+
+def _program() -> list[str]:
+    """What this process was started with, less the arguments: ``python -m llmkit``, or a script."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None:
+        return [sys.executable, "-m", spec.parent or spec.name]
+    return [sys.executable, str(Path(sys.argv[0]).absolute())]
 
 
 def _call(arguments: list[str]) -> Reply:
@@ -310,13 +322,22 @@ def _answer(reply: Reply, out: TextIO, *, as_json: bool) -> None:
 
 def _fail(exc: BaseException, out: TextIO, *, as_json: bool, debug: bool) -> int:
     message, code = _explain(exc)
+    told = ranks.tell_launcher(ranks.Report(_kind(exc), message, code)) and ranks.Ranks.from_environment().is_main
     if debug and not isinstance(exc, TyperException):
         traceback.print_exception(exc)
-    if message:
+    if message and not told:
         print(f"llmkit: {message}" if "\n" not in message else message, file=sys.stderr, flush=True)
     if as_json and not (isinstance(exc, SystemExit) and code == 0):
         _answer(Reply(data={"error": message, "exit_code": code}), out, as_json=True)
     return code
+
+
+def _kind(exc: BaseException) -> str:
+    """The class of ``llmkit.errors`` that ``exc`` amounts to, by name."""
+    from llmkit.faults import translate
+
+    known = translate(exc)
+    return type(known).__name__ if known is not None else "LlmkitError"
 
 
 def _explain(exc: BaseException) -> tuple[str, int]:

@@ -7,11 +7,10 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmkit import launch, rundir, runner, stages
+from llmkit import launch, ranks, rundir, runner, stages
 from llmkit.context import Result
 from llmkit.errors import MissingError, UsageError
 from llmkit.launch.job import Job
@@ -31,6 +30,7 @@ def stage(
     output_dir: str | None,
     resume: str,
     dry_run: bool,
+    debug: bool = False,
 ) -> Reply:
     """``llmkit <stage> RECIPE``: read, prepare, launch."""
     _known(launcher, launch.LAUNCHERS, "launcher", "--launcher: ")
@@ -42,10 +42,10 @@ def stage(
                 "e.g. train.max_steps=20."
             )
     recipe: Recipe = load_recipe(recipe_path, stages.load(name).Recipe, changes)
-    return _start(name, recipe, launcher=launcher, resume=resume, dry_run=dry_run)
+    return _start(name, recipe, launcher=launcher, resume=resume, dry_run=dry_run, debug=debug)
 
 
-def run_frozen(recipe_path: str, *, resume: str, dry_run: bool) -> Reply:
+def run_frozen(recipe_path: str, *, resume: str, dry_run: bool, debug: bool = False) -> Reply:
     """``llmkit run OUTPUT/recipe.yaml``: the run of the folder that the recipe lies in, wherever it was moved to."""
     path = Path(recipe_path).absolute()
     if path.is_dir():
@@ -61,34 +61,35 @@ def run_frozen(recipe_path: str, *, resume: str, dry_run: bool) -> Reply:
     _known(frozen.stage, stages.STAGES, "stage", f"{path.parent / rundir.RUN}: ")
     folder = f"output_dir={runner.quoted(str(path.parent))}"
     recipe: Recipe = load_recipe(path, stages.load(frozen.stage).Recipe, [folder])
-    return _start(frozen.stage, recipe, launcher="local", resume=resume, dry_run=dry_run)
+    return _start(frozen.stage, recipe, launcher="local", resume=resume, dry_run=dry_run, debug=debug)
 
 
-def _start(name: str, recipe: Recipe, *, launcher: str, resume: str, dry_run: bool) -> Reply:
+def _start(name: str, recipe: Recipe, *, launcher: str, resume: str, dry_run: bool, debug: bool) -> Reply:
     where = launch.load(launcher)
     folder = Path(recipe.output_dir).expanduser().absolute()
-    job = Job(argv=("llmkit", "run", str(folder / rundir.RECIPE)), output_dir=folder, cwd=Path.cwd())
+    argv = ("llmkit", "run", str(folder / rundir.RECIPE), *(["--debug"] if debug else []))
+    job = Job(argv, output_dir=folder, cwd=Path.cwd(), resources=where.resources(recipe))
     if dry_run:
-        return _dry_run(runner.look(recipe, name, resume), where.render(job))
-    result: Result = where.submit(job, partial(runner.run, recipe, name, resume))
-    if not Ranks.from_environment().is_main:
-        return Reply()
+        return _dry_run(runner.look(recipe, name, resume), where.render(job), where.describe(job))
+    result: Result = where.submit(job, recipe, name, resume)
+    if not Ranks.from_environment().is_main or ranks.launcher() is not None:
+        return Reply()  # rank 0 speaks, or whoever started it
     from llmkit.summary import summary
 
     print(summary(result), file=sys.stderr, flush=True)
     return Reply(data=json.loads(result.to_json()))
 
 
-def _dry_run(found: Prepared, command: str) -> Reply:
+def _dry_run(found: Prepared, command: str, processes: str) -> Reply:
     print(
-        f"would run:      {command}\noutput folder:  {found.folder} ({_folder_state(found)})\nresume:         "
-        f"{resume_point(found)}",
+        f"would run:      {command}\nprocesses:      {processes}\noutput folder:  {found.folder} ({_folder_state(found)})\n"
+        f"resume:         {resume_point(found)}",
         file=sys.stderr,
         flush=True,
     )
     text = dump(found.recipe)
     data = {
-        "dry_run": True, "stage": found.stage, "command": command, "output_dir": str(found.folder),
+        "dry_run": True, "stage": found.stage, "command": command, "processes": processes, "output_dir": str(found.folder),
         "state": found.finding.state, "resume": resume_point(found), "recipe": _yaml(text),
     }  # fmt: skip
     return Reply(text, data)

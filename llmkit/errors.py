@@ -9,6 +9,7 @@
     ├── GateError               4   a quality bound or gate was not met
     ├── WontFitError            5   not enough memory or disk
     ├── MissingError            6   a package, model, server or device is not there
+    ├── ProcessLostError        1   a process of the run was killed, or does not answer
     └── StoppedEarly          138   stopped with a checkpoint: run the same command again
 
 Why 138 and not the customary 75 is written in docs/decisions/exit-codes.md: the training operator's
@@ -17,6 +18,7 @@ Why 138 and not the customary 75 is written in docs/decisions/exit-codes.md: the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -65,7 +67,16 @@ class DataError(LlmkitError):
 
 
 class GateError(LlmkitError):
+    """``metrics`` and ``artifacts`` are what the run measured and wrote all the same, for ``result.json``."""
+
     exit_code = 4
+
+    def __init__(
+        self, message: str, *, metrics: Mapping[str, float] | None = None, artifacts: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.metrics = dict(metrics or {})
+        self.artifacts = dict(artifacts or {})
 
 
 class WontFitError(LlmkitError):
@@ -79,6 +90,11 @@ class MissingError(LlmkitError):
     def extra(cls, package: str, extra: str) -> MissingError:
         """A Python package that an extra of llmkit brings is not installed."""
         return cls(f"{package} is not installed. Install it with: pip install 'llmkit[{extra}]'")
+
+
+class ProcessLostError(LlmkitError):
+    """A process of the run died without a word or did not answer in time: neither the recipe nor llmkit is known to be
+    at fault. The same command goes on from the last checkpoint."""
 
 
 class StoppedEarly(LlmkitError):  # noqa: N818  it is an outcome, not a fault

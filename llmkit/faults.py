@@ -7,7 +7,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from llmkit.errors import LlmkitError, MissingError, UsageError, WontFitError
+from llmkit.errors import LlmkitError, MissingError, ProcessLostError, UsageError, WontFitError
 
 EXIT_BUG = 1
 EXIT_INTERRUPTED = 130
@@ -25,7 +25,14 @@ EXTRA_OF: dict[str, str] = {
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
 _DISK_TEXT = ("no space left on device", "disk quota exceeded")
-_MEMORY_TEXT = ("can't allocate memory", "cuda out of memory", "cannot allocate memory")
+_MEMORY_TEXT = ("can't allocate memory", "cuda out of memory", "cannot allocate memory", "bad_alloc", "outofmemory")
+_MEMORY_IMPORT_TEXT = "failed to map segment"
+_GROUP_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+_LOST_TEXT = (
+    "connection closed by peer", "connection reset by peer", "broken pipe", "connection refused", "remote process exited",
+    "remote error", "ncclremoteerror", "recv() failed", "socket closed", "failed to recv", "connectfullmesh failed",
+)  # fmt: skip
+_LATE_TEXT = ("timed out", "timeout")
 
 
 def translate(exc: BaseException, folder: Path | None = None) -> LlmkitError | None:
@@ -37,6 +44,8 @@ def translate(exc: BaseException, folder: Path | None = None) -> LlmkitError | N
         return exc
     if isinstance(exc, ImportError):
         return _missing_package(exc)
+    if (lost := _lost_process(exc)) is not None:
+        return lost
     if _disk_full(exc):
         return WontFitError(
             f"The disk is full{_at(exc) or (f' ({folder})' if folder is not None else '')}. Free some space (old runs, checkpoints and the token cache are the usual "
@@ -90,6 +99,8 @@ def save_traceback(exc: BaseException, folder: Path | None) -> Path | None:
 
 
 def _missing_package(exc: ImportError) -> LlmkitError | None:
+    if _MEMORY_IMPORT_TEXT in str(exc):
+        return WontFitError(f"Out of memory while the libraries were loaded: {_first_line(exc)}")
     package = (exc.name or "").partition(".")[0]
     extra = EXTRA_OF.get(package)
     if extra is None:
@@ -100,6 +111,24 @@ def _missing_package(exc: ImportError) -> LlmkitError | None:
         f"{package} is installed but cannot be imported: {_first_line(exc)}\n"
         f"Install it again with: pip install --force-reinstall --no-deps {package}"
     )
+
+
+def _lost_process(exc: BaseException) -> LlmkitError | None:
+    """Gloo, NCCL and the store have errors of their own for a process that is gone, and for one that does not answer."""
+    text = _first_line(exc)
+    low = text.lower()
+    ours = type(exc).__name__ in _GROUP_ERRORS or (isinstance(exc, RuntimeError) and "gloo" in low)
+    if ours and any(t in low for t in _LATE_TEXT):
+        return ProcessLostError(
+            f"Another process of this run did not answer in time: {text}\n"
+            "It hangs, or its part of the work takes longer than launch.timeout_minutes allows."
+        )
+    if ours and any(t in low for t in _LOST_TEXT):
+        return ProcessLostError(
+            f"Another process of this run is gone: {text}\n"
+            "What it died of is in its own output; without any, it was probably killed, as when memory runs out."
+        )
+    return None
 
 
 def _disk_full(exc: BaseException) -> bool:

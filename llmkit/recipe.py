@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,7 +27,7 @@ from llmkit.secrets import find, mask, names_secret
 from llmkit.yaml_positions import MAX_DEPTH, Document, Place, add_core_schema, read_file
 
 __all__ = [
-    "Conflict", "Overrides", "Recipe", "Settings", "TrackingSettings", "diff", "dump", "load_recipe", "parse",
+    "Conflict", "LaunchSettings", "Overrides", "Recipe", "Settings", "TrackingSettings", "diff", "dump", "load_recipe", "parse",
 ]  # fmt: skip
 
 
@@ -148,8 +148,22 @@ with warnings.catch_warnings():
                 yield Conflict("alias", "needs `register`, the name of the registered model", also=("register",))
 
 
+class LaunchSettings(Settings):
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Processes on each machine; ``auto`` is one for each visible GPU, one on a CPU. Under another program's launcher (torchrun) it is that program's number."""
+    timeout_minutes: Annotated[float, Field(gt=0, le=10_000)] = 30.0
+    """Longest that a process waits for the others in one exchange (the process group's time-out in NCCL and gloo) before the run ends."""
+
+
 class Recipe(Settings):
     """What every stage has."""
+
+    starts_over: ClassVar[bool] = False
+    """Whether a run of a changed recipe, or of changed inputs, in a folder that is taken moves the old run aside (as
+    ``--resume never`` does) instead of being refused: for stages that are run again and again, and compared."""
+
+    folder_suffix: ClassVar[str] = ""
+    """Put behind ``output_dir`` where the command line gives none: for stages that take the recipe of another stage."""
 
     name: str
     """Name of the run, in the tracker and in messages; it names the run's folder too."""
@@ -159,6 +173,10 @@ class Recipe(Settings):
     """Folder of the run, ``runs/<name>`` by default. A run of the same recipe in it is resumed, of another refused."""
     tracking: TrackingSettings = TrackingSettings()
     """Where the run is recorded."""
+    several_processes: ClassVar[bool] = False
+    """Whether a run of this stage can be divided among processes."""
+    launch: LaunchSettings = LaunchSettings()
+    """How the run is started; it may differ between two starts of a run."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if wrong := _wrong_name(self.name):
@@ -167,6 +185,18 @@ class Recipe(Settings):
             yield Conflict("output_dir", "is empty", "remove the line to take `runs/<name>`")
         if not 0 <= self.seed < 2**32:
             yield Conflict("seed", "expected a whole number from 0 to 4294967295")
+        if self.launch.processes not in ("auto", 1) and not self.several_processes:
+            yield Conflict("launch.processes", "this stage runs as one process", "remove it, or set it to 1")
+
+    def in_own_folder(self) -> Self:
+        """The same recipe in a folder of this stage's own, where the recipe was written for another stage."""
+        if not self.folder_suffix:
+            return self
+        return self.model_copy(update={"output_dir": self.output_dir.rstrip("/") + self.folder_suffix})
+
+    def input_digests(self) -> Mapping[str, str]:
+        """Digests of what a run reads beside ``data``, by name: by them a run knows that its inputs changed."""
+        return {}
 
 
 def _wrong_name(name: str) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llmkit import ranks
 from llmkit.context import Result
 from llmkit.errors import RecipeError, UsageError
 from llmkit.files import flush
@@ -27,13 +28,14 @@ RECIPE, RUN, RESULT, LOCK = "recipe.yaml", "run.json", "result.json", ".lock"
 
 NO_WORK = frozenset({
     RECIPE, RUN, RESULT, LOCK, "traceback.txt", "log.jsonl", "data_report.json", "token_lengths.png",
-    "tracking.json", "before.json",
+    "tracking.json", "before.json", "batch_size.json", "logs", "guard_report.json",
+    "guard_rows.jsonl", "guard_lengths.png", "perplexity.png",
 })  # fmt: skip
 """What a run leaves behind that failed before it had trained anything; losing it loses no work."""
 
 WITHOUT_EFFECT = (
-    "tracking", "output_dir", "name", "data.cache_dir", "train.logging_steps", "train.save_minutes",
-    "train.save_total_limit", "train.time_limit_minutes",
+    "tracking", "launch", "output_dir", "name", "data.cache_dir", "train.logging_steps", "train.save_minutes",
+    "train.save_total_limit", "train.time_limit_minutes", "plan",
 )  # fmt: skip
 """Keys that may change between two starts of one run: they do not change what comes out."""
 
@@ -130,10 +132,14 @@ def _compare(
     done = result is not None and result.status == "done"
     why = _difference(folder, stage, recipe, old)
     if why:
+        if recipe.starts_over:
+            return Finding("set_aside", f"it was of another recipe ({why})")
         if has_work or done:
             raise UsageError(f"{folder} holds a run of another recipe: {why}. {_fixes()}")
         return Finding("set_aside", f"it was of another recipe ({why}) and had not trained anything")
     changed = _changed(old.data, data)
+    if changed and recipe.starts_over:
+        return Finding("set_aside", f"changed since: {', '.join(changed)}")
     if changed and (has_work or done):
         raise UsageError(f"The data changed since the run in {folder} began: {', '.join(changed)}. {_fixes()}")
     if done and result is not None:
@@ -207,8 +213,11 @@ def freeze(folder: Path, stage: str, recipe: Recipe, data: Mapping[str, str], ve
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, making the folder first. ``UsageError`` where another process holds it."""
+def locked(folder: Path) -> Iterator[int | None]:
+    """Hold the folder's lock, making the folder first, and give its file descriptor.
+
+    None where this process's launcher holds it already, ``UsageError`` where any other process does.
+    """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LOCK
@@ -222,6 +231,9 @@ def locked(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder: dict[str, Any] = _holder(file.read())
             file.close()
+            launcher = ranks.launcher()
+            if launcher is not None and holder.get("pid") == launcher.pid:
+                break
             raise UsageError(
                 f"Another llmkit process{_who(holder)} is working in {folder}. "
                 "Wait for it, stop it, or give another --output-dir."
@@ -229,11 +241,14 @@ def locked(folder: Path) -> Iterator[None]:
         if _same_file(file.fileno(), path):
             break
         file.close()
+    if file.closed:
+        yield None
+        return
     try:
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": os.uname().nodename}))
         file.flush()
-        yield
+        yield file.fileno()
     finally:
         file.close()
 

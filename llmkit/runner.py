@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,7 @@ from typing import Any
 
 from llmkit import __version__, errors, rundir, stages
 from llmkit.context import Progress, Result, RunContext, Status, StopFlag, Tracker
-from llmkit.errors import LlmkitError, StoppedEarly, UsageError
+from llmkit.errors import GateError, LlmkitError, ProcessLostError, StoppedEarly, UsageError
 from llmkit.faults import EXIT_BUG, EXIT_INTERRUPTED, describe_bug, translate
 from llmkit.progress import open_progress, quiet_libraries
 from llmkit.ranks import Meeting, Ranks
@@ -39,6 +39,8 @@ class Prepared:
     folder: Path
     resume: str
     finding: Finding
+    lock: int | None = None
+    """File descriptor of the folder's lock, while this process holds it."""
 
 
 def look(recipe: Recipe, stage: str, resume: str = "auto", *, check_data: bool = False) -> Prepared:
@@ -52,8 +54,38 @@ def look(recipe: Recipe, stage: str, resume: str = "auto", *, check_data: bool =
 
 def prepare(recipe: Recipe, stage: str, resume: str = "auto") -> Prepared:
     """Make the output folder and freeze the resolved recipe in it, for a launcher that starts the run elsewhere."""
-    with _claimed(recipe, stage, resume) as prepared:
+    with claimed(recipe, stage, resume) as prepared:
         return prepared
+
+
+@contextmanager
+def claimed(recipe: Recipe, stage: str, resume: str) -> Iterator[Prepared]:
+    """Hold the folder's lock with the recipe frozen in it; a finished run's folder is left as it is."""
+    data = _data_digests(recipe)
+    prepared = look(recipe, stage, resume)  # refuses a folder that is not ours before a lock file is put in it
+    with ExitStack() as stack:
+        lock = stack.enter_context(rundir.locked(prepared.folder))
+        finding = rundir.examine(prepared.folder, stage, recipe, prepared.resume, data)
+        if finding.state == "set_aside":
+            old = rundir.set_aside(prepared.folder)
+            lock = stack.enter_context(rundir.locked(prepared.folder))
+            finding = replace(finding, why=f"the old folder is now {old}: {finding.why}")
+        if finding.state != "done":
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            rundir.freeze(prepared.folder, stage, prepared.recipe, data, __version__, now)
+        yield replace(prepared, finding=finding, lock=lock)
+
+
+@contextmanager
+def understood(folder: Path) -> Iterator[None]:
+    """What goes wrong before a run can record it, as one of llmkit's errors where it is one."""
+    try:
+        yield
+    except Exception as exc:
+        known = translate(exc, folder)
+        if known is None or known is exc:
+            raise
+        raise known from exc
 
 
 def run(recipe: Recipe, stage: str, resume: str = "auto") -> Result:
@@ -68,19 +100,15 @@ def run(recipe: Recipe, stage: str, resume: str = "auto") -> Result:
     stop = StopFlag()
     with ExitStack() as stack:
         stack.enter_context(listening(stop))
-        try:
-            prepared = stack.enter_context(_agreed(recipe, stage, resume, ranks))
-        except (OSError, MemoryError, ImportError) as exc:
-            known = translate(exc, folder)
-            if known is None:
-                raise
-            raise known from exc
+        with understood(folder):
+            meeting = Meeting(ranks, timedelta(minutes=recipe.launch.timeout_minutes)) if ranks.world_size > 1 else None
+            prepared = stack.enter_context(_agreed(recipe, stage, resume, meeting, is_main=ranks.is_main))
         progress = stack.enter_context(open_progress(rank=ranks.rank))
         if prepared.finding.state == "done" and prepared.finding.result is not None:
             progress.note(f"{prepared.folder}: {prepared.finding.why}")
             return replace(prepared.finding.result, output_dir=prepared.folder)
         _announce(prepared, progress)
-        return _execute(prepared, ranks, progress, stop)
+        return _execute(prepared, ranks, progress, stop, meeting)
 
 
 def quoted(value: str) -> str:
@@ -92,19 +120,18 @@ def quoted(value: str) -> str:
 
 
 @contextmanager
-def _agreed(recipe: Recipe, stage: str, resume: str, ranks: Ranks) -> Iterator[Prepared]:
+def _agreed(recipe: Recipe, stage: str, resume: str, meeting: Meeting | None, *, is_main: bool) -> Iterator[Prepared]:
     """Rank 0 claims the folder, every other rank takes over what it found."""
-    if ranks.world_size == 1:
-        with _claimed(recipe, stage, resume) as prepared:
+    if meeting is None:
+        with claimed(recipe, stage, resume) as prepared:
             yield prepared
         return
-    meeting = Meeting(ranks)
-    if not ranks.is_main:
+    if not is_main:
         yield _follow(meeting.hear(), recipe, stage)
         return
     with ExitStack() as stack:
         try:
-            prepared = stack.enter_context(_claimed(recipe, stage, resume))
+            prepared = stack.enter_context(claimed(recipe, stage, resume))
         except BaseException as exc:
             known = translate(exc)
             meeting.tell({"error": type(known).__name__ if known else "LlmkitError", "message": str(known or exc)})
@@ -128,24 +155,6 @@ def _follow(message: Mapping[str, Any], recipe: Recipe, stage: str) -> Prepared:
     return Prepared(stage, recipe, Path(message["folder"]), message["resume"], finding)
 
 
-@contextmanager
-def _claimed(recipe: Recipe, stage: str, resume: str) -> Iterator[Prepared]:
-    """Hold the folder's lock with the recipe frozen in it; a finished run's folder is left as it is."""
-    data = _data_digests(recipe)
-    prepared = look(recipe, stage, resume)  # refuses a folder that is not ours before a lock file is put in it
-    with ExitStack() as stack:
-        stack.enter_context(rundir.locked(prepared.folder))
-        finding = rundir.examine(prepared.folder, stage, recipe, prepared.resume, data)
-        if finding.state == "set_aside":
-            old = rundir.set_aside(prepared.folder)
-            stack.enter_context(rundir.locked(prepared.folder))
-            finding = replace(finding, why=f"the old folder is now {old}: {finding.why}")
-        if finding.state != "done":
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            rundir.freeze(prepared.folder, stage, prepared.recipe, data, __version__, now)
-        yield replace(prepared, finding=finding)
-
-
 def _checked_resume(resume: str) -> str:
     if resume in ("auto", "never"):
         return resume
@@ -158,25 +167,41 @@ def _checked_resume(resume: str) -> str:
 def _data_digests(recipe: Recipe) -> Mapping[str, str]:
     settings = getattr(recipe, "data", None)
     if settings is None:
-        return {}
+        return recipe.input_digests()
     from llmkit.data.sources import digest
 
-    return digest(settings)
+    return {**digest(settings), **recipe.input_digests()}
 
 
 def _announce(prepared: Prepared, progress: Progress) -> None:
-    finding = prepared.finding
-    if finding.state == "set_aside":
-        progress.note(finding.why)
-    elif finding.state == "continue":
-        last = rundir.last_checkpoint(prepared.folder)
-        progress.note(f"Going on with the run in {prepared.folder}" + (f" ({last.name})" if last else ""))
+    """What became of an old folder; a stage that finds a checkpoint says itself from which one it goes on."""
+    folder, state = prepared.folder, prepared.finding.state
+    if state == "set_aside":
+        progress.note(prepared.finding.why)
+    elif state == "continue" and (folder / "log.jsonl").exists() and rundir.last_checkpoint(folder) is None:
+        progress.note(f"Going on with the run in {folder}, which has no checkpoint yet: from the start")
+
+
+def record(prepared: Prepared, error: BaseException) -> None:
+    """Write ``result.json`` for a run whose own process could not, or knew less; what it had written of itself stays."""
+    from llmkit.tracking.state import load_state
+
+    before = rundir.read_result(prepared.folder)
+    run_id = before.run_id if before else load_state(prepared.folder).run_id
+    known = translate(error, prepared.folder)
+    result = Result(
+        stage=prepared.stage, name=prepared.recipe.name, output_dir=prepared.folder,
+        status="stopped" if isinstance(error, StoppedEarly) else "failed", error=mask(str(error)),
+        exit_code=known.exit_code if known else EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_BUG,
+        run_id=run_id, finished_at=_now(),
+    )  # fmt: skip
+    rundir.write_atomic(prepared.folder / rundir.RESULT, result.to_json() + "\n")
 
 
 # Running
 
 
-def _execute(prepared: Prepared, ranks: Ranks, progress: Progress, stop: StopFlag) -> Result:
+def _execute(prepared: Prepared, ranks: Ranks, progress: Progress, stop: StopFlag, meeting: Meeting | None) -> Result:
     tracker: Tracker | None = None
     try:
         tracker = _open_tracker(prepared, ranks)
@@ -188,6 +213,8 @@ def _execute(prepared: Prepared, ranks: Ranks, progress: Progress, stop: StopFla
         result: Result = stages.load(prepared.stage).run(prepared.recipe, ctx)
     except BaseException as exc:
         known = translate(exc, prepared.folder)
+        if isinstance(known, ProcessLostError) and meeting is not None and (gone := meeting.gone()):
+            known = ProcessLostError(f"{known}\nHere {', '.join(gone)}.")
         _record_failure(prepared, ranks, tracker, exc, known)
         if known is None or known is exc:
             raise
@@ -212,6 +239,8 @@ def _record_failure(
         stage=prepared.stage, name=prepared.recipe.name, output_dir=prepared.folder, status=status, error=mask(text),
         exit_code=code, run_id=tracker.run_id if tracker else None, finished_at=_now(),
     )  # fmt: skip
+    if isinstance(known, GateError):
+        result = replace(result, metrics=known.metrics, artifacts=known.artifacts)
     try:
         _conclude(result, ranks, tracker)
     except (OSError, LlmkitError) as second:
@@ -299,6 +328,8 @@ def listening(stop: StopFlag) -> Iterator[None]:
             print("Stopping with a checkpoint. Press Ctrl-C again to leave at once.", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, ask) for number in SIGNALS}
+    # Our launcher starts its processes with these blocked, so that none is killed before it can listen.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield
     finally:

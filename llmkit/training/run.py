@@ -37,6 +37,7 @@ from llmkit.training.batching import (
     train_loader,
 )  # fmt: skip
 from llmkit.training.corpus import texts
+from llmkit.training.group import open_group
 from llmkit.training.kernels import lean_layers
 from llmkit.training.lora_layer import lean_adapters
 from llmkit.training.meter import Meter, peak_memory
@@ -80,6 +81,7 @@ def train(recipe: TrainingRecipe, ctx: RunContext, *, stage: str, adapter: Adapt
     tokenizer = load_tokenizer(recipe.model, lambda: texts(recipe.data))
     renderer = _renderer(recipe, tokenizer, seq2seq)
     data = _read(recipe, renderer, ctx)  # before any process group is opened: ranks wait on a file lock, not a timeout
+    open_group(ctx, recipe.launch.timeout_minutes)
     model: Any = load_model(recipe.model, tokenizer=tokenizer, seed=recipe.seed)
     if adapter is not None:
         model = attach(model, adapter, seed=recipe.seed)
@@ -237,7 +239,7 @@ def _go(ctx: RunContext, trainer: LlmkitTrainer) -> None:
         trainer.train()
         return
     trainer.check_fits(checkpoint)
-    ctx.progress.note(f"Resuming from {checkpoint}")
+    ctx.progress.note(f"Going on from {checkpoint}")
     state = trainer.load_state(checkpoint)
     if state.global_step >= trainer.args.max_steps or _had_enough(state):
         trainer._load_from_checkpoint(str(checkpoint))  # all steps are done: only the export is left

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -109,6 +109,8 @@ class TrainSettings(Settings):
 
 class TrainingRecipe(Recipe):
     """What sft, lora and cpt have in common."""
+
+    several_processes: ClassVar[bool] = True
 
     model: ModelSettings
     """The model that is trained."""

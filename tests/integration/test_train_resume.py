@@ -238,7 +238,7 @@ def test_a_signal_saves_and_leaves_with_the_retry_code(
     assert "Traceback" not in seen
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment())
     assert done.returncode == 0, done.stderr
-    assert f"Resuming from {kept}" in done.stderr
+    assert f"Going on from {kept}" in done.stderr
     run(base, "whole")  # in this very process
     assert_identical(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import ClassVar
 
 from llmkit.context import Result, RunContext
 from llmkit.data.settings import DataSettings
@@ -15,6 +16,8 @@ from llmkit.recipe import Recipe as Base
 
 class Recipe(Base):
     """Count to ``steps``."""
+
+    several_processes: ClassVar[bool] = True
 
     steps: int = 3
     """Steps to count."""
