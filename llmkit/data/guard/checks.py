@@ -13,7 +13,7 @@ from llmkit.data.guard.findings import Findings
 from llmkit.data.guard.language import LANGUAGES
 from llmkit.data.guard.ledger import Ledger
 from llmkit.data.guard.minhash import Bands, Clusters, Pairs, Similar, join_near
-from llmkit.data.guard.ngrams import Hashes, Offsets, jaccard, sets, shingles
+from llmkit.data.guard.ngrams import Hashes, Offsets, jaccard, sets, shingles, unique_pairs
 from llmkit.data.guard.quality import REASONS, common_languages, length_limits
 from llmkit.data.guard.settings import DuplicateSettings, QualitySettings, RowAction
 
@@ -92,12 +92,15 @@ def duplicates(ledger: Ledger, labels: Offsets, action: RowAction, findings: Fin
 # --- contradictions -------------------------------------------------------------------------------------------------
 
 
-def contradictions(ledger: Ledger, action: RowAction, findings: Findings, redact: Redact) -> dict[str, Any]:
-    """Name the rows whose question other rows answer differently (case and blanks apart)."""
+def contradictions(
+    ledger: Ledger, labels: Offsets | None, action: RowAction, findings: Findings, redact: Redact
+) -> dict[str, Any]:
+    """Name the rows whose question other rows answer differently: by more than case and blanks, and where the clusters
+    of duplicates are known (``labels``), by more than near duplicates differ."""
     asked = np.flatnonzero((ledger.lengths[:, 0] > 0) & ~findings.dropped(ledger.rows))
-    question, answer = ledger.keys[asked, 1], ledger.keys[asked, 2]
-    different = np.unique(np.stack([question, answer]), axis=1)
-    questions, answers = np.unique(different[0], return_counts=True)
+    question = ledger.keys[asked, 1]
+    answer = ledger.keys[asked, 2] if labels is None else labels[asked]
+    questions, answers = np.unique(unique_pairs(question, answer)[0], return_counts=True)
     disputed = questions[answers > 1]
     rows = asked[np.isin(question, disputed)]
     order = np.lexsort((rows, ledger.keys[rows, 1]))

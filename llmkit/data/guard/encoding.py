@@ -6,8 +6,10 @@ one character set that reads as valid text in the other is told by reading it ba
 
 from __future__ import annotations
 
+import codecs
 import re
 from functools import cache
+from itertools import islice
 from typing import Any
 
 from llmkit.errors import MissingError
@@ -15,7 +17,9 @@ from llmkit.errors import MissingError
 _MIXED = re.compile(r"[\u00a1-\u00fe]{6,}")
 _CONTROLS = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x80-\x9f]")
 _EAST_ASIAN = re.compile(r"[\u3040-\u30ff\u3130-\u318f\u3400-\u9fff\uac00-\ud7a3\uff00-\uffef]")
-_RUN = re.compile(r"[\u0370-\uffff]{4,}")
+_RUN = re.compile(r"[\u0370-\uffff]{4,24}")
+_RUNS = 2
+_utf8 = codecs.getincrementaldecoder("utf-8")
 _LEGACY = ("cp949", "gbk", "cp932", "big5")
 
 
@@ -68,10 +72,10 @@ def _reads_as_east_asian(text: str) -> bool:
 
 def _utf8_read_as_legacy(text: str) -> str:
     """The character set whose bytes for a run of this text are valid UTF-8 of an East Asian script; rarely by chance."""
-    for run in _RUN.findall(text):
+    for run in islice(_RUN.finditer(text), _RUNS):
         for charset in _LEGACY:
             try:
-                read = run.encode(charset).decode("utf-8")
+                read = _utf8().decode(run.group().encode(charset))  # of a cut run, the last character may be cut
             except UnicodeError:
                 continue
             if len(read) >= 3 and all(map(_EAST_ASIAN.match, read)):

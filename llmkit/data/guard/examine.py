@@ -129,11 +129,13 @@ class _Examination:
             report["leaks"] = checks.leaks(
                 ledger, found, tests.keys, tests.ids.__getitem__, guard.leaks.action, findings
             )
-        if guard.contradictions is not None:
-            report["contradictions"] = checks.contradictions(ledger, guard.contradictions, findings, self._redact)
         labels: Offsets | None = None
         if guard.duplicates is not None:
             labels, compared = checks.clusters(ledger, self._bands, guard.duplicates, common)
+        if guard.contradictions is not None:
+            action = guard.contradictions
+            report["contradictions"] = checks.contradictions(ledger, labels, action, findings, self._redact)
+        if guard.duplicates is not None and labels is not None:
             report["duplicates"] = checks.duplicates(ledger, labels, guard.duplicates.action, findings)
             report["duplicates"] |= {"pairs_compared": compared}
         if guard.quality is not None and guard.quality.perplexity is not None:

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from llmkit.data.guard.audit import Audit
 from llmkit.data.guard.kinds import Finding
-from llmkit.data.guard.language import LANGUAGES, detect
+from llmkit.data.guard.language import LANGUAGES, detect_all
 from llmkit.data.guard.leaks import LeakIndex
 from llmkit.data.guard.minhash import MinHasher, Signature
-from llmkit.data.guard.ngrams import Hashes, Offsets, Pieces, shingles
+from llmkit.data.guard.ngrams import Hashes, Offsets, Pieces, sets, shingles
 from llmkit.data.guard.privacy import PrivacyFilter
 from llmkit.data.guard.quality import row_faults
 from llmkit.data.guard.settings import Check, GuardSettings
@@ -98,8 +98,8 @@ class Examiner:
     def _languages(self, views: Sequence[View]) -> NDArray[np.uint8]:
         if "language" not in self._checks:
             return np.zeros((len(views), 2), np.uint8)
-        codes = [(_CODES.get(detect(row.question), 0), _CODES.get(detect(row.answer), 0)) for row in views]
-        return np.array(codes, np.uint8).reshape(len(views), 2)
+        names = detect_all([row.question for row in views] + [row.answer for row in views])
+        return np.array([_CODES.get(name, 0) for name in names], np.uint8).reshape(2, len(views)).T
 
     def _signatures(self, views: Sequence[View]) -> tuple[Signature, Hashes]:
         if self._hasher is None:
@@ -141,9 +141,8 @@ class CommonShingles:
     @classmethod
     def of(cls, texts: Sequence[str], share: float, fewest: int = 20) -> Hashes:
         """The shingles that more than ``share`` of these different texts (and more than ``fewest``) have."""
-        pieces = shingles(texts)
-        owned = np.stack([pieces.owners.astype(np.uint64), pieces.hashes])
-        hashes, counts = np.unique(np.unique(owned, axis=1)[1], return_counts=True)
+        owned = [np.zeros(0, np.uint64), *sets(shingles(texts))]
+        hashes, counts = np.unique(np.concatenate(owned), return_counts=True)
         return hashes[counts > max(fewest, share * len(texts))]
 
     def _slot(self, hashes: Hashes) -> NDArray[np.int64]:

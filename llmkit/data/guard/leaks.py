@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.data.guard.ngrams import Hashes, Offsets, Pieces, ngrams, units
+from llmkit.data.guard.ngrams import Hashes, Offsets, Pieces, ngrams, unique_pairs, units
 
 TEMPLATE_ROWS = 10
 """An n-gram of more test rows than this (and than one in a hundred) is the template of the test set."""
@@ -66,10 +66,7 @@ class LeakIndex:
         owner = np.concatenate([np.zeros(0, np.int64), *owners])
         gram = np.concatenate([np.zeros(0, np.uint64), *(part.ngrams.hashes for part in parts)])
         rows = np.concatenate([np.zeros(0, np.int64), *(part.rows for part in parts)])
-        order = np.lexsort((owner, gram))
-        gram, owner = gram[order], owner[order]
-        new = np.concatenate([np.ones(min(1, len(gram)), bool), (gram[1:] != gram[:-1]) | (owner[1:] != owner[:-1])])
-        gram, owner = gram[new], owner[new]
+        gram, owner = unique_pairs(gram, owner)
         grams, starts, counts_of = np.unique(gram, return_index=True, return_counts=True)
         own = np.repeat(counts_of <= max(TEMPLATE_ROWS, test_rows // 100), counts_of)
         gram, owner = gram[own], owner[own]
@@ -96,8 +93,7 @@ class LeakIndex:
         gram = np.concatenate([part[1] for part in found])
         if not len(text):
             return text, gram
-        both = np.unique(np.stack([text, gram]), axis=1)
-        return both[0], both[1]
+        return unique_pairs(text, gram)
 
     def _found(self, pieces: Pieces) -> tuple[Offsets, NDArray[np.int64]]:
         maybe = np.flatnonzero(self._table[_slot(pieces.hashes)])

@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ LETTERS, CHARACTERS = 6, 3
 """Length of a shingle in scripts with and without letters."""
 LONGEST = 1_000_000
 """Characters of a text that are looked at."""
-AT_ONCE = 2_000_000
+AT_ONCE = 500_000
 """Characters of many texts that are hashed together."""
 _BASE = np.uint64(0x9E3779B97F4A7C15 | 1)
 _APART, _LETTER, _CHARACTER = 0, 1, 2
@@ -210,7 +210,7 @@ _TABLES: list[Hashes] = []
 def _powers(size: int) -> tuple[Hashes, Hashes]:
     """Powers of the base and of its inverse; the tables are made once a process."""
     if not _TABLES or len(_TABLES[0]) < size:
-        length = max(size, 2 * AT_ONCE)
+        length = max(size, AT_ONCE + AT_ONCE // 4)
         inverse = np.uint64(pow(int(_BASE), -1, 2**64))
         one = np.ones(1, np.uint64)
         _TABLES[:] = [np.concatenate([one, np.cumprod(np.full(length, base, np.uint64))]) for base in (_BASE, inverse)]
@@ -247,6 +247,14 @@ def _joined(parts: Sequence[Pieces]) -> Pieces:
         return parts[0]
     counts = np.concatenate([np.zeros(1, np.int64), *(part.counts for part in parts)])
     return Pieces(np.concatenate([np.zeros(0, np.uint64), *(part.hashes for part in parts)]), np.cumsum(counts))
+
+
+def unique_pairs(a: NDArray[Any], b: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The different pairs of two arrays of one length, sorted by the first, then the second."""
+    order = np.lexsort((b, a))
+    a, b = a[order], b[order]
+    new = np.concatenate([np.ones(min(1, len(a)), bool), (a[1:] != a[:-1]) | (b[1:] != b[:-1])])
+    return a[new], b[new]
 
 
 def sets(pieces: Pieces) -> Iterator[Hashes]:

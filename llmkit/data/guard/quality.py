@@ -26,6 +26,11 @@ _BOILERPLATE = re.compile(
     r"|作为(?:一个|一名)?(?:人工智能|AI|大?语言模型)|我是(?:一个|一名)?(?:人工智能|AI|大?语言模型)|(?:抱歉|对不起)[,，]?我(?:不能|无法|不会|没有)"
     r"|(?:私は|わたしは)(?:AI|人工知能|言語モデル)|申し訳(?:ありません|ございません)が"
 )
+# One of these is in whatever the pattern finds: most answers need no more than to look for them.
+_HINTS = (
+    "ai", "language model", "sorry", "apolog", "i can", "i am", "cutoff", "cut-off", "i do",
+    "인공지능", "언어", "죄송", "人工智能", "语言模型", "抱歉", "对不起", "人工知能", "言語モデル", "申し訳",
+)  # fmt: skip
 _CURLY = str.maketrans({"’": "'", "‘": "'", "＇": "'"})
 _LONG_ENOUGH = 300
 _SAME_AGAIN = 0.12
@@ -66,7 +71,8 @@ def _is_empty(answer: str) -> bool:
 
 
 def _is_boilerplate(answer: str) -> bool:
-    return _BOILERPLATE.search(answer[:_START].translate(_CURLY)) is not None
+    start = answer[:_START].lower()
+    return any(map(start.__contains__, _HINTS)) and _BOILERPLATE.search(start.translate(_CURLY)) is not None
 
 
 def _repeats(answer: str) -> bool:
