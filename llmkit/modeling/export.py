@@ -98,6 +98,35 @@ def save_adapter(
     return target
 
 
+def save_description(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    base: BaseInfo | None = None,
+    *,
+    stop_ids: Sequence[int] = (),
+    chat_template: str | None = None,
+) -> Path:
+    """Write into ``folder`` what makes weights a model: configuration, generation settings, tokenizer, chat template.
+
+    Of a PEFT model, with its ``base``, the adapter's configuration. The weights themselves are left out.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    bare: PreTrainedModel = model.get_base_model() if base is not None else model
+    with _stops_written(bare, tokenizer, stop_ids), plain_attention(bare), quiet():
+        bare.config.save_pretrained(str(target))
+        if bare.generation_config is not None:
+            bare.generation_config.save_pretrained(str(target))
+        _save_tokenizer(tokenizer, target, chat_template)
+    if base is not None:
+        config = copy.deepcopy(model.peft_config["default"])
+        config.base_model_name_or_path, config.revision, config.inference_mode = base.path, base.revision, True
+        config.save_pretrained(str(target))
+        base.write(target)
+    return target
+
+
 def verify(folder: str | Path, probe: Probe, *, timeout_s: float = 3600) -> VerifyReport:
     """Open ``folder`` (a model or an adapter) in a fresh process and hold it against the model in memory.
 

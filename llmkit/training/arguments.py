@@ -31,6 +31,11 @@ def total_steps(train: TrainSettings, batches: int | None) -> int:
     return math.ceil(train.num_train_epochs * per_epoch)
 
 
+def warmup_steps(train: TrainSettings, steps: int) -> int:
+    """Optimizer steps in which the learning rate rises, of ``steps``."""
+    return train.warmup_steps or math.ceil(train.warmup_ratio * steps)
+
+
 def training_arguments(
     train: TrainSettings, *, folder: Path, seed: int, steps: int, evaluates: bool
 ) -> TrainingArguments:
@@ -42,7 +47,7 @@ def training_arguments(
         _check_liger()
     if train.torch_compile:
         _check_compiler()
-    warmup = train.warmup_steps or math.ceil(train.warmup_ratio * steps)
+    warmup = warmup_steps(train, steps)
     _check_schedule(train, warmup, steps)
     given = {name: getattr(train, name) for name in SAME_NAME}
     return TrainingArguments(

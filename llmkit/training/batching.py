@@ -49,6 +49,8 @@ class Batch:
 
     parts: list[Part]
     rows: list[str] = field(default_factory=list)
+    sequences: Sequence[Sequence[TokenRow]] = ()
+    """What the parts were made of, to make smaller ones of it."""
 
     @property
     def supervised(self) -> int:
@@ -63,6 +65,13 @@ class Batch:
         return sum(part.positions for part in self.parts)
 
 
+@dataclass
+class AtOnce:
+    """Most sequences of a part, 0 for any number; it may shrink while the run goes on (fit.py)."""
+
+    sequences: int = 0
+
+
 @dataclass(frozen=True)
 class Layout:
     """How rows become tensors. ``part_tokens`` 0 keeps a batch in one part."""
@@ -71,23 +80,30 @@ class Layout:
     part_tokens: int
     pad_id: int
     seq2seq: bool = False
+    at_once: AtOnce = field(default_factory=AtOnce)
 
     def batch(self, sequences: Sequence[Sequence[TokenRow]]) -> Batch:
         """Split the sequences into parts of at most ``part_tokens`` tokens (never inside a sequence)."""
         rows = [row[0] for sequence in sequences for row in sequence]
         make = self._flat if self.flat else self._padded
-        return Batch([make(group) for group in self._groups(sequences)], rows)
+        return Batch([make(group) for group in self._groups(sequences)], rows, sequences)
+
+    def filler(self) -> Part:
+        """A part of one token with nothing to learn: keeps a process that has no more in step with the others."""
+        row = ("", np.full(1, self.pad_id, np.int32), np.full(1, IGNORE, np.int32))
+        return self.batch([[row]]).parts[0]
 
     def _groups(self, sequences: Sequence[Sequence[TokenRow]]) -> Iterator[list[TokenRow]]:
         group: list[TokenRow] = []
-        held = 0
+        held = count = 0
         for sequence in sequences:
             size = sum(len(ids) for _, ids, _ in sequence)
-            if group and self.part_tokens and held + size > self.part_tokens:
+            too_long = self.part_tokens and held + size > self.part_tokens
+            if group and (too_long or count == self.at_once.sequences):
                 yield group
-                group, held = [], 0
+                group, held, count = [], 0, 0
             group.extend(sequence)
-            held += size
+            held, count = held + size, count + 1
         if group:
             yield group
 

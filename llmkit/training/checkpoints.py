@@ -22,13 +22,17 @@ _NAME = re.compile(r"checkpoint-(\d+)$")
 
 @dataclass(frozen=True)
 class Manifest:
-    """``files`` holds sizes in bytes by path; ``data`` the fingerprint of the training sequences."""
+    """``files`` holds sizes in bytes by path; ``data`` the fingerprint of the training sequences.
+
+    ``engine`` says how weights and states are divided among the files: ``zero1`` to ``zero3``, ``fsdp``, empty for whole.
+    """
 
     step: int
     world_size: int
     batch: int
     data: str
     files: dict[str, int] = field(default_factory=dict)
+    engine: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -103,12 +107,21 @@ def check_fits(checkpoint: Path, run: Manifest) -> None:
             f"{checkpoint} was trained on other data or another packing of it ({found.data}, now {run.data}): going on"
             " would neither repeat nor finish that run. Start anew with --resume never."
         )
+    if found.engine != run.engine:
+        raise UsageError(
+            f"{checkpoint} was written {_by(found.engine)}, and this run trains {_by(run.engine)}: the states are divided"
+            " in another way. Use the same deepspeed or fsdp setting, or start from its weights: llmkit export-weights."
+        )
     if (found.world_size, found.batch) != (run.world_size, run.batch):
         raise UsageError(
             f"{checkpoint} was written by {found.world_size} process(es) with {found.batch} sequences a step; this run has"
             f" {run.world_size} process(es) with {run.batch}. The order of the data and the random state of each process"
             " would not be those of the interrupted run: use the same number, or start anew with --resume never."
         )
+
+
+def _by(engine: str) -> str:
+    return {"": "without sharding", "fsdp": "by FSDP2"}.get(engine) or f"by ZeRO stage {engine[-1]}"
 
 
 def rotate(folder: Path, keep: int | None, best: Path | None) -> None:

@@ -21,8 +21,8 @@ class FsdpSettings(Settings):
     """What is gathered together: a transformer layer, modules of at least ``min_num_params`` weights, or the whole model."""
     transformer_layer_cls_to_wrap: list[str] | None = None
     """Class names of the layers, for example ``[LlamaDecoderLayer]``; None takes those that the model says must not be split."""
-    min_num_params: Annotated[int, Field(ge=1)] = 100_000_000
-    """Fewest weights of a module of its own, with ``SIZE_BASED_WRAP``."""
+    min_num_params: Annotated[int, Field(ge=1)] | None = None
+    """Fewest weights of a module of its own, with ``SIZE_BASED_WRAP``; None is 100,000,000."""
     offload_params: bool = False
     """Keep weights, gradients and optimizer states in host memory, and take them to the device as they are used."""
     state_dict_type: Literal["SHARDED_STATE_DICT", "FULL_STATE_DICT"] = "SHARDED_STATE_DICT"
@@ -35,6 +35,6 @@ class FsdpSettings(Settings):
             yield Conflict("transformer_layer_cls_to_wrap", message, also=("auto_wrap_policy",))
         if self.transformer_layer_cls_to_wrap == []:
             yield Conflict("transformer_layer_cls_to_wrap", "names no class", "remove the line to find them")
-        if "min_num_params" in self.model_fields_set and self.auto_wrap_policy != "SIZE_BASED_WRAP":
+        if self.min_num_params is not None and self.auto_wrap_policy != "SIZE_BASED_WRAP":
             message = f"is read with `auto_wrap_policy: SIZE_BASED_WRAP` only, and it is {self.auto_wrap_policy}"
             yield Conflict("min_num_params", message, also=("auto_wrap_policy",))

@@ -23,19 +23,23 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 from llmkit.context import RunContext
 from llmkit.errors import DataError, GateError, StoppedEarly
 from llmkit.training import checkpoints
-from llmkit.training.batching import Batch
+from llmkit.training.batching import Batch, Part
 from llmkit.training.checkpoints import Manifest
 from llmkit.training.meter import Meter
 from llmkit.training.objective import Objective
+from llmkit.training.sharding import Shards, whole_model
 
 STATE_FILE = "trainer_state.json"
+SCHEDULER_NAME = "scheduler.pt"
 
 
 class LlmkitTrainer(Trainer):
     """``train_batches`` and ``eval_batches`` are loaders of :class:`Batch`, already this rank's share.
 
     ``fingerprint`` names the training sequences, ``batch`` how many of them all ranks together take in a step, ``keep``
-    how many checkpoints stay (None: all); ``keep_best`` saves the best evaluation's weights.
+    how many checkpoints stay (None: all); ``keep_best`` saves the best evaluation's weights. ``shards`` divides weights,
+    gradients or optimizer states among processes; ``filler`` is a part with nothing to learn; ``describe`` writes what
+    makes a checkpoint a model into its folder.
     """
 
     def __init__(
@@ -53,7 +57,11 @@ class LlmkitTrainer(Trainer):
         fingerprint: str,
         batch: int,
         callbacks: list[TrainerCallback],
+        filler: Part | None = None,
+        shards: Shards | None = None,
+        describe: Callable[[Path], None] | None = None,
     ) -> None:
+        self.shards = shards
         held_out = eval_batches.dataset if eval_batches is not None else None
         super().__init__(
             model=model, args=args, train_dataset=train_batches.dataset, eval_dataset=held_out, callbacks=callbacks
@@ -68,7 +76,11 @@ class LlmkitTrainer(Trainer):
         self.agree = any_rank(ctx)
         self.last_loss: float | None = None
         self.folder = Path(str(args.output_dir))
-        self._manifest = Manifest(step=0, world_size=ctx.world_size, batch=batch, data=fingerprint)
+        engine = shards.name if shards is not None else ""
+        self._manifest = Manifest(step=0, world_size=ctx.world_size, batch=batch, data=fingerprint, engine=engine)
+        self._filler, self._describe = filler, describe
+        self._prepared: Any = None
+        self._parts: list[int] = []
         self._step_rows: list[str] = []
         self._step_loss = 0.0
 
@@ -90,6 +102,7 @@ class LlmkitTrainer(Trainer):
             )
         self._step_rows = [row for batch in batches for row in batch.rows]
         self._step_loss = 0.0
+        self._parts = self._agreed_parts([len(batch.parts) for batch in batches])
         return batches, supervised
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -102,22 +115,49 @@ class LlmkitTrainer(Trainer):
         model.train()
         self.meter.start()
         total = torch.zeros((), device=self.args.device)
-        for i, part in enumerate(batch.parts):
-            last = i == len(batch.parts) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                # DDP averages gradients over ranks; the sum is wanted.
+        parts = batch.parts if self.shards is None else self._filled_up(batch.parts, self._parts.pop(0))
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last or self.shards else self.accelerator.no_sync(model):
+                # DDP and the engines average gradients over ranks; the sum is wanted.
                 loss = self.objective(model, part) / num_items_in_batch
-                self.accelerator.backward(loss * self.ctx.world_size)
+                if self.shards is not None:
+                    complete = last and self.accelerator.sync_gradients
+                    self.shards.backward(loss * self.ctx.world_size, last=complete)
+                else:
+                    self.accelerator.backward(loss * self.ctx.world_size)
             total += loss.detach()
         self.meter.add(batch)
         self._step_loss += float(total) if self.args.device.type == "cpu" else 0.0
         # Trainer averages this over the ranks for the log.
         return total * self.ctx.world_size
 
+    def _agreed_parts(self, counts: list[int]) -> list[int]:
+        """Parts of each batch on the rank that has most: an engine's ranks wait for each other in every one."""
+        if self.shards is None or self.ctx.world_size == 1:
+            return counts
+        most = torch.tensor(counts, device=self.args.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return [int(count) for count in most]
+
+    def _filled_up(self, parts: list[Part], count: int) -> list[Part]:
+        if count == len(parts):
+            return parts
+        assert self._filler is not None
+        return [*parts, *[self._filler] * (count - len(parts))]
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.shards is not None:
+            return self.shards.norm(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Refuse to step on a loss or gradients that are not finite; gradients of a loss scaler are its own business."""
-        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
-        scaled = self.args.fp16 and self.accelerator.scaler is not None
+        if self.shards is not None:
+            norm = self.shards.norm(0.0) if grad_norm is None else grad_norm
+        else:
+            norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        scaled = self.args.fp16 and (self.accelerator.scaler is not None or self.shards is not None)
         finite = math.isfinite(self._step_loss) and (scaled or norm is None or math.isfinite(float(norm)))
         if not finite:
             self._stop_at_non_finite(math.nan if norm is None else float(norm))
@@ -158,8 +198,8 @@ class LlmkitTrainer(Trainer):
             return {}
         self.meter.stop()
         started = time.perf_counter()
-        # Ranks have different numbers of batches and parts here: nothing in the loop may wait for another rank, and
-        # DDP's forward would (it broadcasts the buffers).
+        # Ranks have different numbers of parts here: nothing in the loop may wait for another rank, and DDP's forward
+        # would (it broadcasts the buffers). Where weights are divided every forward does; there parts are made equal.
         ddp = isinstance(self.model_wrapped, nn.parallel.DistributedDataParallel)
         model: Any = self.model_wrapped.module if ddp else self.model_wrapped
         model.eval()
@@ -168,10 +208,9 @@ class LlmkitTrainer(Trainer):
             for batch in batches:
                 if leave and self.ctx.world_size == 1:
                     self.leave_if_asked()
-                for part in batch.parts:
-                    if part.supervised:
-                        loss += float(self.objective(model, part))
-                        tokens += part.supervised
+                for part in self._parts_to_evaluate(batch):
+                    loss += float(self.objective(model, part))
+                    tokens += part.supervised
                 task.advance()
         loss, tokens = self._sum(loss), int(self._sum(tokens))
         mean = loss / tokens
@@ -181,6 +220,12 @@ class LlmkitTrainer(Trainer):
             "eval_tokens": float(tokens),
             "eval_seconds": time.perf_counter() - started,
         }
+
+    def _parts_to_evaluate(self, batch: Batch) -> list[Part]:
+        useful = [part for part in batch.parts if part.supervised]
+        if self.shards is None or not self.shards.partitioned:
+            return useful
+        return self._filled_up(useful, self._agreed_parts([len(useful)])[0])
 
     def leave_if_asked(self) -> None:
         """Outside the steps a stop is obeyed at once: whatever was trained is in a checkpoint already."""
@@ -210,18 +255,83 @@ class LlmkitTrainer(Trainer):
         self._barrier()
         if self.state.best_global_step == step:
             self.state.best_model_checkpoint = str(folder / f"checkpoint-{step}")
-        self.save_model(str(work), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(work))
-        self._save_scaler(str(work))
+        if self.shards is None:
+            self.save_model(str(work), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(work))
+            self._save_scaler(str(work))
+        else:
+            self.shards.save(work)
+            if self.args.should_save:
+                assert self.lr_scheduler is not None
+                torch.save(self.lr_scheduler.state_dict(), work / SCHEDULER_NAME)
         self._save_rng_state(str(work))
         self._barrier()
         if self.args.should_save:
+            if self._describe is not None:
+                self._describe(work)
             self._remember_callbacks()
             self.state.save_to_json(str(work / STATE_FILE))
             checkpoints.publish(work, folder, replace(self._manifest, step=step))
             best = self.state.best_model_checkpoint
             checkpoints.rotate(folder, self._keep, Path(best) if best else None)
         self._barrier()
+
+    # Weights, gradients or optimizer states divided among processes
+
+    def open_engine(self) -> None:
+        """Divide the model now: evaluation and answers before the training need it as much as the training itself."""
+        assert self.shards is not None
+        if self._prepared is not None:
+            return
+
+        def make_optimizer() -> torch.optim.Optimizer:
+            self.create_optimizer()
+            assert self.optimizer is not None
+            return self.optimizer
+
+        if self.args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        wrapped, real = self.shards.wrap(self.model, make_optimizer)
+        self.optimizer = real
+        self.create_scheduler(num_training_steps=self.args.max_steps, optimizer=real)
+        self.model_wrapped = wrapped
+        self._prepared = wrapped
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """transformers' own, unless an engine has the model: then only what it keeps is to be told."""
+        if self.shards is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[no-untyped-call]
+        self.open_engine()
+        stepper = _EngineStep(self.shards, self.optimizer)
+        self.optimizer = stepper  # type: ignore[assignment]
+        self.accelerator._optimizers = [stepper]
+        if resume_from_checkpoint is not None:
+            scheduler = torch.load(Path(resume_from_checkpoint) / SCHEDULER_NAME, weights_only=True)
+            assert self.lr_scheduler is not None
+            self.lr_scheduler.load_state_dict(scheduler)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return self._prepared, train_dataloader
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.shards is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        self.open_engine()
+        self.shards.load(Path(resume_from_checkpoint))
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """An engine moves it a share at a time."""
+        if self.shards is None:
+            super()._move_model_to_device(model, device)  # type: ignore[no-untyped-call]
+
+    def whole_model(self) -> Any:
+        """The trained model in one piece and in the types it came in; on the first rank only, elsewhere as it is."""
+        if self.shards is None:
+            return self.model
+        found = dict(self.shards.weights())
+        return whole_model(self.model, found) if self.ctx.is_main else self.model
 
     def check_fits(self, checkpoint: Path) -> None:
         """Raises UsageError for a checkpoint that this run cannot go on from."""
@@ -268,6 +378,24 @@ class LlmkitTrainer(Trainer):
             self.ctx.tracker.metrics(logs, step)
             self.ctx.progress.log(step, self.state.max_steps, logs)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+
+class _EngineStep:
+    """What transformers' loop takes for an optimizer, while an engine has the real one."""
+
+    def __init__(self, shards: Shards, real: Any) -> None:
+        self._shards, self._real = shards, real
+        self.step_was_skipped = False
+
+    @property
+    def param_groups(self) -> Any:
+        return self._real.param_groups
+
+    def step(self) -> None:
+        self.step_was_skipped = not self._shards.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The loop clears the gradients of the model."""
 
 
 class Watch(TrainerCallback):
