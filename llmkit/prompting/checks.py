@@ -16,6 +16,7 @@ from llmkit.data.rows import Conversation, Message
 from llmkit.errors import DataError
 from llmkit.prompting.report import Severity
 from llmkit.prompting.views import Bench, View, segments, thinking_of, visible
+from llmkit.prompting.vllm_inputs import message_form, tool_form
 
 _TAG = re.compile(r"<\|?/?(?:think|thinking|reasoning|thought)\|?>|\[/?THINK\]|◁/?think▷", re.IGNORECASE)
 _WRAPPER = re.compile(r"<think(?:ing)?>\s*(?:</think(?:ing)?>\s*)?|\[THINK\]\s*(?:\[/THINK\]\s*)?", re.IGNORECASE)
@@ -74,7 +75,7 @@ def check_text(view: View, bench: Bench) -> Iterator[Found]:
             yield from _check_answer(view, turn, bench)
         if not whole.startswith(turn.upto):
             yield _rewritten(turn.upto, whole, "is not the beginning of the conversation that goes on")
-    if view.turns and bench.subject.supervise == "last":
+    if len(view.turns) == 1:
         yield from _check_earlier(view, bench, whole)
     yield from _check_contents(view, turns[-1].prompt if turns else whole, whole)
     yield from _check_tools(view, bench, whole)
@@ -135,7 +136,7 @@ def _rewritten(shorter: str, longer: str, what: str) -> Found:
 
 
 def _check_earlier(view: View, bench: Bench, whole: str) -> Iterator[Found]:
-    """With ``supervise: last`` rewriting earlier turns is allowed, and good to know."""
+    """Where the last answer alone is learned, rewriting earlier turns is allowed, and good to know."""
     assert bench.chat is not None
     for index, message in enumerate(view.messages[:-1]):
         if message["role"] != "assistant":
@@ -326,7 +327,7 @@ def _check_labels(view: View, bench: Bench) -> Iterator[Found]:
     if len(learned) != wanted:
         yield Found("mask", "error", f"{wanted} answers are to be learned and {len(learned)} stretches of tokens are")
         return
-    stops = set(bench.renderer.stop_ids)
+    stops = set(bench.renderer_of(view).stop_ids)
     for number, (start, stop) in enumerate(learned):
         if view.ids[stop - 1] not in stops:
             last = bench.name(view.ids[stop - 1])
@@ -490,16 +491,16 @@ def _others(view: View, bench: Bench, messages: list[Message]) -> Iterator[tuple
 
 
 def _check_vllm_inputs(view: View, bench: Bench, messages: list[Message]) -> Iterator[Found]:
-    """What vLLM changes before it renders: contents become lists of parts for templates that loop over them, and tools
-    are written anew with ``type`` and ``function: {name, description, parameters}``."""
+    """What vLLM changes in messages and tools before it renders them must not change the prompt."""
     assert bench.chat is not None
     plain = bench.chat.render(messages, view.tools, prompt=True)
-    if loops_over_content(bench.chat.text):
-        parts = [m | {"content": [{"type": "text", "text": m["content"]}]} if m["content"] else m for m in messages]
-        yield from _same_text(plain, bench, parts, view.tools, "vLLM gives this template contents as lists of parts")
+    formed = message_form(messages, bench.chat.text)
+    if formed != messages:
+        what = "vLLM gives this template messages in another form (contents as lists of parts, system for developer)"
+        yield from _same_text(plain, bench, formed, view.tools, what)
     if view.tools:
-        tools = [_vllm_tool(tool) for tool in view.tools]
-        yield from _same_text(plain, bench, messages, tools, "vLLM writes the tools in its own form")
+        what = "vLLM writes tools as type, name, description and parameters, and nothing else"
+        yield from _same_text(plain, bench, messages, [tool_form(tool) for tool in view.tools], what)
 
 
 def _same_text(
@@ -514,49 +515,7 @@ def _same_text(
     if other != plain:
         at = _common(plain, other)
         detail = _beside(plain[max(0, at - 20) :], other[max(0, at - 20) :])
-        yield Found("vllm-path", "warning", f"{what}, and so builds another prompt", detail)
-
-
-def _vllm_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    function = tool.get("function", tool)
-    known = {"name": function.get("name"), "description": function.get("description")}
-    known |= {"parameters": function.get("parameters")}
-    return {"type": "function", "function": known | {k: v for k, v in function.items() if k not in (*known, "type")}}
-
-
-def loops_over_content(template: str) -> bool:
-    """Whether a chat template goes through a message's content part by part, by which vLLM chooses the form."""
-    import jinja2
-    from jinja2 import nodes
-
-    try:
-        tree = jinja2.Environment(extensions=[*_extensions()]).parse(template)
-    except jinja2.TemplateError:
-        return False
-    aliases = {
-        assign.target.name
-        for assign in tree.find_all(nodes.Assign)
-        if isinstance(assign.target, nodes.Name) and _is_content(assign.node, set())
-    }
-    return any(_is_content(loop.iter, aliases) for loop in tree.find_all(nodes.For))
-
-
-def _extensions() -> list[Any]:
-    from transformers.utils import chat_template_utils
-
-    return ["jinja2.ext.loopcontrols", getattr(chat_template_utils, "AssistantTracker", "jinja2.ext.do")]
-
-
-def _is_content(node: Any, aliases: set[str]) -> bool:
-    from jinja2 import nodes
-
-    if isinstance(node, nodes.Filter | nodes.Test):
-        return node.node is not None and _is_content(node.node, aliases)
-    if isinstance(node, nodes.Getitem):
-        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
-    if isinstance(node, nodes.Getattr):
-        return bool(node.attr == "content")
-    return isinstance(node, nodes.Name) and node.name in aliases
+        yield Found("vllm-path", "warning", f"{what}; so it builds another prompt", detail)
 
 
 # ---- once a model ----

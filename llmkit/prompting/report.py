@@ -109,19 +109,17 @@ class Prices:
 
 @dataclass(frozen=True)
 class CaseTokens:
-    """Tokens of one case. ``answer`` counts the stop token; it is 0 where no answer is known.
+    """Tokens of one case. ``answer`` counts the last answer with its stop token; it is 0 where no answer is known.
 
-    ``cut`` is how many tokens ``max_length`` would take away, of prompt and answer together.
+    ``total`` is the whole row as it is learned (the prompt alone where no answer is known), ``cut`` what
+    ``max_length`` would take away of it.
     """
 
     case: str
     prompt: int
     answer: int = 0
+    total: int = 0
     cut: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.prompt + self.answer
 
 
 @dataclass
@@ -180,6 +178,6 @@ class StaticReport:
             "model": self.model,
             "summary": self.summary(),
             "issues": [asdict(issue) for issue in self.issues],
-            "tokens": [asdict(one) | {"total": one.total} for one in self.tokens],
+            "tokens": [asdict(one) for one in self.tokens],
             "skipped": self.skipped,
         }

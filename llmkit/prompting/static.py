@@ -124,7 +124,7 @@ def check_static(
         report.issues = findings.issues()
         report.skipped = [check.id for check in CHECKS if check.id != "renders"]
         return report
-    findings.add(_check_variables(template, subject, bench))
+    findings.add(_check_variables(template, bench))
     findings.add(checks.check_model(bench))
     for view in views:
         findings.add(_check_view(view, bench), view.case.id)
@@ -137,13 +137,14 @@ def check_static(
     return report
 
 
-def _check_variables(template: PromptTemplate | None, subject: Subject, bench: Bench) -> Iterator[Found]:
+def _check_variables(template: PromptTemplate | None, bench: Bench) -> Iterator[Found]:
     if template is None:
-        if bench.chat is None and not subject.seq2seq:
-            yield Found(
-                "renders", "error", "the tokenizer has no chat template: set data.chat_template, or use a template"
-            )
+        if bench.chat is None:
+            yield Found("renders", "error", "the tokenizer has no chat template: set data.chat_template")
         return
+    if template.kind == "chat" and bench.chat is None:
+        what = "the tokenizer has no chat template for these messages: write `kind: text`, or set data.chat_template"
+        yield Found("renders", "error", what)
     for name in template.unused_variables:
         yield Found("variables", "warning", f"`{name}` is declared and never used: the prompt does not depend on it")
     if template.kind == "text" and bench.chat is not None:
@@ -190,7 +191,7 @@ def _bos_of_text(view: View, bench: Bench) -> Iterator[Found]:
 
 def _check_length(view: View, bench: Bench, max_length: int | None) -> Iterator[Found]:
     """What a limit would take away; the tokenizer's own limit is one where a trainer or server truncates."""
-    longest = max(len(view.ids or []), len(view.prompt or []))
+    longest = view.length
     own = bench.tokenizer.model_max_length
     own = int(own) if own is not None and own < _HUGE else None
     if max_length is not None and longest > max_length:
@@ -220,9 +221,8 @@ def _check_schema(view: View, template: PromptTemplate | None) -> Iterator[Found
 
 
 def _count(view: View, max_length: int | None) -> CaseTokens:
-    prompt, answer = len(view.prompt or []), view.answer_tokens
-    whole = max(prompt + answer, len(view.ids or []) if view.known else 0)
-    return CaseTokens(view.case.id, prompt, answer, max(0, whole - max_length) if max_length else 0)
+    cut = max(0, view.length - max_length) if max_length else 0
+    return CaseTokens(view.case.id, len(view.prompt or []), view.answer_tokens, view.length, cut)
 
 
 def _cost(tokens: Sequence[CaseTokens], prices: Prices) -> float | None:

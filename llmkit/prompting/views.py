@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from llmkit.data.encoder import PieceEncoder
 from llmkit.data.render import IGNORED, Renderer
@@ -31,16 +31,29 @@ class Bench:
         self.subject = subject
         self.tokenizer: Any = subject.tokenizer
         self.encoder = PieceEncoder(subject.tokenizer)
-        self.renderer = Renderer(
+        self.renderer = self._make_renderer(subject.supervise)
+        self._last_only: Renderer | None = None
+        text = self.renderer.chat_template
+        self.chat = ChatTemplate(text, subject.tokenizer, subject.system) if text else None
+
+    def _make_renderer(self, supervise: Literal["all", "last"]) -> Renderer:
+        subject = self.subject
+        return Renderer(
             subject.tokenizer,
             chat_template=subject.chat_template,
             system=subject.system,
-            supervise=subject.supervise,
+            supervise=supervise,
             seq2seq=subject.seq2seq,
             stop_ids=subject.stop_ids,
         )
-        text = self.renderer.chat_template
-        self.chat = ChatTemplate(text, subject.tokenizer, subject.system) if text else None
+
+    def renderer_of(self, view: View) -> Renderer:
+        """The renderer of a conversation: one of which only the last answer is learned needs no prefixes before it."""
+        if self.subject.supervise == "last" or view.turns != (view.last,):
+            return self.renderer
+        if self._last_only is None:
+            self._last_only = self._make_renderer("last")
+        return self._last_only
 
     @property
     def model_stops(self) -> tuple[int, ...]:
@@ -99,7 +112,19 @@ class View:
 
     @property
     def answer_tokens(self) -> int:
-        return sum(label != IGNORED for label in self.labels or []) if self.known else 0
+        """Tokens of the last answer, with its stop token; 0 when it is not known."""
+        if not self.known or self.labels is None:
+            return 0
+        start, stop = (segments(self.labels) or [(0, 0)])[-1]
+        return stop - start
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row; of the prompt alone when no answer is known or no training text can be made."""
+        prompt = len(self.prompt or [])
+        if not self.known or self.ids is None:
+            return prompt
+        return max(prompt, len(self.ids))
 
 
 def make_views(
@@ -174,7 +199,7 @@ def _complete_chat(view: View, bench: Bench, learn_from: int) -> View:
     ]
     view.turns = tuple(learned[-1:] if bench.subject.supervise == "last" else learned)
     try:
-        view.prompt = bench.renderer.prompt(view.messages[:-1], view.tools)
+        view.prompt = bench.renderer_of(view).prompt(view.messages[:-1], view.tools)
     except DataError as error:
         view.prompt_problem = str(error)
     row = Conversation(view.messages, view.tools, learn_from, view.case.id)
@@ -184,7 +209,7 @@ def _complete_chat(view: View, bench: Bench, learn_from: int) -> View:
 
 def _train(view: View, bench: Bench, row: Sample, conversation: Conversation | None) -> None:
     try:
-        made = bench.renderer.encode([row])[0]
+        made = bench.renderer_of(view).encode([row])[0]
     except DataError as error:
         view.train_problem = str(error)
     else:
