@@ -14,7 +14,7 @@ from llmkit.data.guard.settings import Check
 from llmkit.data.guard.view import View
 
 _EMPTY = re.compile(r"(?i)^[\W_]*(?:n/?a|null|nan|nil|todo|tbd|undefined|\[?empty\]?|暂无)?[\W_]*$")
-_ARITHMETIC = re.compile(r"[+\-*/=<>%^√∞]")
+_ARITHMETIC = re.compile(r"[+*=<>%^√∞]")
 _START = 200
 # Refusals and self-descriptions as assistants write them, at the beginning of an answer.
 _BOILERPLATE = re.compile(
