@@ -92,7 +92,7 @@ def stage(name: str) -> Stage:
         return run(name, recipe, overrides, output_dir=output_dir, resume=resume)
 
     module = stages.load(name)
-    call.__name__ = call.__qualname__ = name
+    call.__name__ = call.__qualname__ = name.replace("-", "_")
     call.__module__ = "llmkit"
     call.__doc__ = f"{module.Recipe.__doc__}\n\n{run.__doc__}"
     return call
@@ -101,9 +101,10 @@ def stage(name: str) -> Stage:
 sft: Stage
 lora: Stage
 cpt: Stage
+prompt_test: Stage
 
 
 def __getattr__(name: str) -> Stage:
-    if name in stages.STAGES:
-        return stage(name)
+    if (found := stages.by_attribute(name)) is not None:
+        return stage(found)
     raise AttributeError(f"module 'llmkit.api' has no attribute {name!r}")

@@ -12,16 +12,17 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.exceptions import Abort, TyperException
 
 from llmkit import __version__, launch, ranks
+from llmkit.errors import GateError
 from llmkit.launch import LAUNCHERS
 from llmkit.reply import Reply
 from llmkit.stages import STAGES
@@ -31,7 +32,17 @@ EPILOG = (
     "6 something needed is missing, 138 stopped early with a checkpoint (run the same command again)."
 )
 STAGE_PANEL = "Stages"
-
+INSTEAD: dict[str, dict[str, Any]] = {
+    "prompt-test": {
+        "show": Annotated[
+            int | None,
+            typer.Option(min=1, metavar="N", help="Print case N token by token, with what would be learned of it, and run "
+                         "nothing.", show_default=False),
+        ]
+    },
+}  # fmt: skip
+"""Options of single stages that do something else with the recipe than to run it: the function of that name in the
+stage's module gets recipe and value, and gives back the text to print."""
 
 Action = Callable[[], Reply]
 
@@ -108,7 +119,9 @@ def stage_help(stage: str) -> tuple[str, str]:
     recipe = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Recipe"), None)
     detail = (ast.get_docstring(recipe) if recipe is not None else None) or ""
     title = module.splitlines()[0].split(": ``")[0].rstrip(".") + "."
-    example = f"llmkit {stage} recipe.yaml train.learning_rate=1e-5 --output-dir runs/mine"
+    trains = recipe is not None and "TrainingRecipe" in {ast.unparse(base) for base in recipe.bases}
+    change = " train.learning_rate=1e-5" if trains else ""
+    example = f"llmkit {stage} recipe.yaml{change} --output-dir runs/mine"
     return title, f"{title}\n\n{detail}\n\nExample:\n\n  {example}".replace("``", "`")
 
 
@@ -116,16 +129,29 @@ def _stage_command(stage: str) -> Callable[..., Action]:
     def command(
         recipe: RecipeArg, overrides: Overrides = None, set_: SetOption = None, launcher: LauncherOption = "local",
         output_dir: OutputDirOption = None, resume: ResumeOption = "auto", dry_run: DryRunOption = False,
-        json: JsonOption = False, debug: DebugOption = False,
+        json: JsonOption = False, debug: DebugOption = False, **instead: Any,
     ) -> Action:  # fmt: skip
         from llmkit import commands
 
         changes = [*(overrides or []), *(set_ or [])]
+        for option, value in instead.items():
+            if value is not None:
+                return lambda: commands.instead(stage, recipe, changes, option, value)
         return lambda: commands.stage(
             stage, recipe, changes, launcher=launcher, output_dir=output_dir, resume=resume, dry_run=dry_run,
             debug=debug,
         )  # fmt: skip
 
+    return _with_options(command, INSTEAD.get(stage, {}))
+
+
+def _with_options(command: Callable[..., Action], options: Mapping[str, Any]) -> Callable[..., Action]:
+    """The command with ``options`` in the place of its ``**instead``, as typer reads them."""
+    known = inspect.signature(command, eval_str=True)
+    plain = [p for p in known.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    more = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for n, a in options.items()]
+    setattr(command, "__signature__", known.replace(parameters=[*plain, *more]))  # noqa: B010  mypy knows no such name
+    command.__annotations__ = {p.name: p.annotation for p in [*plain, *more]} | {"return": Action}
     return command
 
 
@@ -328,7 +354,8 @@ def _fail(exc: BaseException, out: TextIO, *, as_json: bool, debug: bool) -> int
     if message and not told:
         print(f"llmkit: {message}" if "\n" not in message else message, file=sys.stderr, flush=True)
     if as_json and not (isinstance(exc, SystemExit) and code == 0):
-        _answer(Reply(data={"error": message, "exit_code": code}), out, as_json=True)
+        numbers = {"metrics": exc.metrics, "artifacts": exc.artifacts} if isinstance(exc, GateError) else {}
+        _answer(Reply(data={"error": message, "exit_code": code, **numbers}), out, as_json=True)
     return code
 
 

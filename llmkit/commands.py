@@ -45,6 +45,15 @@ def stage(
     return _start(name, recipe, launcher=launcher, resume=resume, dry_run=dry_run, debug=debug)
 
 
+def instead(name: str, recipe_path: str, overrides: Sequence[str], option: str, value: Any) -> Reply:
+    """An option of one stage that does something else with the recipe than to run it (``cli.INSTEAD``)."""
+    module = stages.load(name)
+    recipe: Recipe = load_recipe(recipe_path, module.Recipe, overrides)
+    quiet_libraries()
+    text: str = getattr(module, option)(recipe, value)
+    return Reply(text, {option: text})
+
+
 def run_frozen(recipe_path: str, *, resume: str, dry_run: bool, debug: bool = False) -> Reply:
     """``llmkit run OUTPUT/recipe.yaml``: the run of the folder that the recipe lies in, wherever it was moved to."""
     path = Path(recipe_path).absolute()

@@ -26,7 +26,7 @@ from llmkit.stages import STAGES
 TORCH_SECONDS = 60
 CONNECT_SECONDS = 2.0
 
-NEEDS: dict[str, tuple[str, ...]] = {"sft": ("train",), "lora": ("train",), "cpt": ("train",)}
+NEEDS: dict[str, tuple[str, ...]] = {"sft": ("train",), "lora": ("train",), "cpt": ("train",), "prompt-test": ("train",)}
 """Extras without which a stage cannot run."""
 
 TORCH_PROBE = """

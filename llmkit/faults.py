@@ -14,7 +14,7 @@ EXIT_INTERRUPTED = 130
 """128 + SIGINT, as shells have it: Ctrl-C twice, without waiting for a checkpoint."""
 
 EXTRA_OF: dict[str, str] = {
-    "accelerate": "train", "datasets": "train", "deepspeed": "train", "matplotlib": "train", "mlflow": "train",
+    "accelerate": "train", "datasets": "train", "deepspeed": "train", "jsonschema": "train", "matplotlib": "train", "mlflow": "train",
     "numpy": "train", "pandas": "train", "peft": "train", "pyarrow": "train", "safetensors": "train",
     "tokenizers": "train", "torch": "train", "transformers": "train",
     "bitsandbytes": "quantize", "gguf": "demo", "kubernetes": "k8s", "ray": "ray", "s3fs": "s3", "fsspec": "s3",

@@ -34,6 +34,12 @@ _STARTER: dict[str, Any] = {
 _STARTER_OF: dict[str, dict[str, Any]] = {
     "lora": {"train.learning_rate": 2e-4, "adapter.r": 16, "adapter.lora_alpha": 32.0},
     "cpt": {"data.train": "data/corpus/*.txt", "data.format": "text"},
+    "prompt-test": {
+        "templates": "en-query-rewriting",
+        "models": "models/smollm2-135m-instruct",
+        "cases": "data/cases.jsonl",
+        "thresholds.overall": 0.9,
+    },
 }
 
 

@@ -36,8 +36,9 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_the_stages_are_attributes_and_complete_in_a_notebook() -> None:
-    assert set(STAGES) <= set(dir(llmkit))
-    for name in STAGES:
+    names = [stage.replace("-", "_") for stage in STAGES]
+    assert set(names) <= set(dir(llmkit))
+    for name in names:
         stage = getattr(llmkit, name)
         assert stage.__name__ == name
         assert "overrides" in stage.__doc__
@@ -50,7 +51,7 @@ def test_the_stages_are_attributes_and_complete_in_a_notebook() -> None:
 def test_every_stage_has_a_type_for_editors() -> None:
     """The names under TYPE_CHECKING, which type checkers and notebooks read, are those of STAGES."""
     text = (ROOT / "llmkit" / "__init__.py").read_text()
-    for name in STAGES:
+    for name in (stage.replace("-", "_") for stage in STAGES):
         assert f"from llmkit.api import {name} as {name}" in text
         assert api.__annotations__[name] == "Stage"
 

@@ -40,7 +40,7 @@ def test_the_starter_recipe_parses_and_names_every_key(stage: str, tmp_path: Pat
     recipe = load_recipe(path, recipe_type(stage))
     assert recipe.name == f"my-{stage}"
     for block, key in keys_of(recipe_type(stage)):
-        if block not in ("data.train", "data.eval", "model.tokenizer"):
+        if block not in ("models", "judge", "data.train", "data.eval", "model.tokenizer"):
             assert re.search(rf"^[ #]*{key}:", init_recipe(stage), re.MULTILINE), f"{block}.{key} is missing"
 
 
@@ -65,7 +65,8 @@ def test_schemas_are_json_and_forbid_unknown_keys() -> None:
     assert json.loads(json.dumps(schemas)) == schemas
     for stage, found in schemas.items():
         assert found["title"] == f"llmkit {stage} recipe"
-        assert found["required"] == ["name", "model", "data"]
+        required = ["templates", "models", "cases"] if stage == "prompt-test" else ["model", "data"]
+        assert found["required"] == ["name", *required]
         blocks = [found, *found["$defs"].values()]
         assert len(blocks) >= 8
         assert all(block["additionalProperties"] is False for block in blocks)

@@ -41,7 +41,7 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_every_stage_has_a_line_in_the_table_and_the_shape_of_a_stage() -> None:
-    assert {name: f"llmkit.stages.{name}" for name in modules_in("stages")} == stages.STAGES
+    assert {name.replace("_", "-"): f"llmkit.stages.{name}" for name in modules_in("stages")} == stages.STAGES
     assert len(stages.STAGES) >= 3
     for name in stages.STAGES:
         module = stages.load(name)

@@ -6,12 +6,9 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-import yaml
-
-from llmkit.data.render import Renderer
-from llmkit.errors import DataError, UsageError
-from llmkit.inference.generate import Generator, Message, Sampling, load_for_inference
-from llmkit.modeling.tokenizer import stop_ids
+from llmkit.errors import DataError
+from llmkit.inference.engines import trained_system
+from llmkit.inference.generate import Generator, Message, Sampling, open_generator
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message and begins anew, /exit leaves"
 
@@ -34,31 +31,14 @@ def chat_loop(
     DataError for a prompt or setting that cannot be answered.
     """
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    model, tokenizer = load_for_inference(path)
-    folder = str(getattr(model, "name_or_path", "") or path)
-    stops = stop_ids(None, tokenizer, folder if Path(folder).is_dir() else None)
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    more = configured if isinstance(configured, list) else [] if configured is None else [configured]
-    renderer = Renderer(tokenizer, seq2seq=bool(model.config.is_encoder_decoder), stop_ids=(*stops, *more))
     if system is None:
-        system = _trained_system(Path(path))
-    chat = Conversation(Generator(model, tokenizer, renderer), sampling, out or sys.stdout, system or None)
+        system = trained_system(path)
+    generator = open_generator(path)
+    chat = Conversation(generator, sampling, out or sys.stdout, system or None)
     if prompt is not None:
         chat.ask(prompt)
     else:
         _read(chat, in_ or sys.stdin)
-
-
-def _trained_system(run: Path) -> str | None:
-    """``data.system`` of a run's recipe: with it the prompts are those of the training; None where there is none."""
-    recipe = run / "recipe.yaml"
-    if not recipe.is_file():
-        return None
-    try:
-        system = yaml.safe_load(recipe.read_text(encoding="utf-8"))["data"]["system"]
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{recipe} is not the recipe of a run. Name its model/ or adapter/ folder instead") from error
-    return str(system) if system else None
 
 
 class Conversation:

@@ -6,16 +6,18 @@ one has no padding and no mask, and a model in the middle of its training can be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmkit.errors import DataError, MissingError, UsageError
+from llmkit.errors import DataError, UsageError
 from llmkit.modeling.load import open_model, plain_attention
-from llmkit.modeling.tokenizer import open_tokenizer
+from llmkit.modeling.locate import BaseInfo, weights_folder
+from llmkit.modeling.tokenizer import open_tokenizer, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,22 +31,33 @@ OnText = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """``text`` without special tokens; ``ids`` with the stop token where one came; ``finished`` is False for a cut answer."""
+    """``text`` without special tokens; ``ids`` with the stop token where one came; ``finished`` is False for a cut answer.
+
+    ``seconds`` is the time from the start of the answer's batch to its last token; ``logprob`` the mean natural
+    logarithm of the probability of its tokens, where ``Sampling.logprobs`` asked for it.
+    """
 
     text: str
     ids: list[int]
     prompt_tokens: int
     finished: bool
+    seconds: float = 0.0
+    logprob: float | None = None
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. ``temperature`` 0 takes the likeliest; ``top_p`` keeps the likeliest of that total share."""
+    """How tokens are chosen. ``temperature`` 0 takes the likeliest; ``top_p`` keeps the likeliest of that total share.
+
+    Every answer is drawn from ``seed`` anew, so that it is the same alone and in any batch. ``logprobs`` measures
+    ``Answer.logprob``, of the model's own probabilities whatever the temperature.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -58,10 +71,13 @@ class Generator:
     """Answers with a model, its tokenizer and the renderer that made its training data (so prompts are the same).
 
     ``model`` is a transformers or PEFT model, causal or encoder-decoder, on any device; its mode and its attention
-    are put back after every answer, so that a model in training can be tried out.
+    are put back after every answer, so that a model in training can be tried out. ``divided`` says that its weights are
+    divided among processes (all of them ask together then): what inference mode makes of those could not be trained on.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, renderer: Renderer) -> None:
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, renderer: Renderer, *, divided: bool = False
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.renderer = renderer
@@ -70,6 +86,7 @@ class Generator:
         self.seq2seq = bool(bare.config.is_encoder_decoder)
         self.stop_ids = frozenset(renderer.stop_ids)
         self._pad = int(tokenizer.pad_token_id or 0)
+        self._no_gradients: Any = torch.no_grad if divided else torch.inference_mode
 
     @property
     def context(self) -> int | None:
@@ -98,57 +115,75 @@ class Generator:
         With ``batch_size`` 1 they are exactly those of :meth:`answer`. More are padded on the left and run together:
         quicker, and the same up to rounding, which may turn a choice between two equally likely tokens.
         """
-        settings = Sampling(**sampling)
+        made = dict(self.batches(prompts, Sampling(**sampling), batch_size=batch_size))
+        return [made[index].text for index in range(len(prompts))]
+
+    def batches(
+        self, prompts: Sequence[Prompt | str], settings: Sampling, *, batch_size: int = 1
+    ) -> Iterator[tuple[int, Answer]]:
+        """Answers with their index in ``prompts``, as batches end: short prompts first.
+
+        Prompts that leave less room than ``max_new_tokens`` run alone, so that no neighbour cuts an answer short.
+        """
         ids = [self.prompt_ids(prompt) for prompt in prompts]
+        room = None if self.context is None or self.seq2seq else self.context - settings.max_new_tokens
         order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
-        texts = [""] * len(ids)
-        for start in range(0, len(order), max(1, batch_size)):
-            chosen = order[start : start + max(1, batch_size)]
-            for index, made in zip(chosen, self._run([ids[i] for i in chosen], settings, None), strict=True):
-                texts[index] = made.text
-        return texts
+        alone = [i for i in order if room is not None and len(ids[i]) > room]
+        together = [i for i in order if room is None or len(ids[i]) <= room]
+        size = max(1, batch_size)
+        for chosen in [*(together[n : n + size] for n in range(0, len(together), size)), *([i] for i in alone)]:
+            yield from zip(chosen, self._run([ids[i] for i in chosen], settings, None), strict=True)
 
     def generate(self, prompt: Prompt | str, settings: Sampling, *, on_text: OnText | None = None) -> Answer:
         """One answer with its ids; see :meth:`answer`."""
         return self._run([self.prompt_ids(prompt)], settings, on_text)[0]
 
     def _run(self, prompts: list[list[int]], settings: Sampling, on_text: OnText | None) -> list[Answer]:
-        self._check_room(prompts)
+        self.check_room(prompts)
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.inference_mode(), plain_attention(self._bare):
+            with self._no_gradients(), plain_attention(self._bare):
                 made = self._loop(prompts, settings, on_text)
         finally:
             self.model.train(was_training)
         return [
-            Answer(self._text(ids), ids, len(prompt), bool(ids) and ids[-1] in self.stop_ids)
-            for prompt, ids in zip(prompts, made, strict=True)
-        ]
+            Answer(
+                self._text(row.ids), row.ids, len(prompt), bool(row.ids) and row.ids[-1] in self.stop_ids,
+                row.seconds, sum(row.logprobs) / len(row.logprobs) if row.logprobs else None,
+            )
+            for prompt, row in zip(prompts, made, strict=True)
+        ]  # fmt: skip
 
-    def _loop(self, prompts: list[list[int]], settings: Sampling, on_text: OnText | None) -> list[list[int]]:
-        """Token by token with a cache of keys and values. ``prompts`` are [n] lists of ids, so is what comes back."""
+    def _loop(self, prompts: list[list[int]], settings: Sampling, on_text: OnText | None) -> list[_Row]:
+        """Token by token with a cache of keys and values. ``prompts`` are [n] lists of ids."""
+        began = time.perf_counter()
         device = next(self.model.parameters()).device
-        generator = torch.Generator(device=device).manual_seed(settings.seed)
+        generators = [torch.Generator(device=device).manual_seed(settings.seed) for _ in prompts]
         step = self._seq2seq_step(prompts, device) if self.seq2seq else self._causal_step(prompts, device)
-        made: list[list[int]] = [[] for _ in prompts]
+        rows = [_Row([], []) for _ in prompts]
         running = set(range(len(prompts)))
         stream = _Stream(self._text, on_text) if on_text else None
         chosen: torch.Tensor | None = None
         for _ in range(self._budget(prompts, settings)):
-            chosen = _choose(step(chosen), settings, generator)
+            logits = step(chosen)
+            chosen = _choose(logits, settings, generators)
+            likely = _logprobs(logits, chosen) if settings.logprobs else []
+            now = time.perf_counter() - began
             for row in sorted(running):
                 token = int(chosen[row])
-                made[row].append(token)
+                rows[row].ids.append(token)
+                rows[row].logprobs += likely[row : row + 1]
+                rows[row].seconds = now
                 if token in self.stop_ids:
                     running.discard(row)
             if stream:
-                stream.show(made[0])
+                stream.show(rows[0].ids)
             if not running:
                 break
         if stream:
-            stream.end(made[0])
-        return made
+            stream.end(rows[0].ids)
+        return rows
 
     def _causal_step(
         self, prompts: list[list[int]], device: torch.device
@@ -211,7 +246,8 @@ class Generator:
             return settings.max_new_tokens
         return min(settings.max_new_tokens, self.context - max(map(len, prompts)))
 
-    def _check_room(self, prompts: list[list[int]]) -> None:
+    def check_room(self, prompts: list[list[int]]) -> None:
+        """Raises DataError for a prompt without tokens, or without room for an answer."""
         for prompt in prompts:
             if not prompt:
                 raise DataError("The prompt has no tokens, so there is nothing to answer")
@@ -223,6 +259,15 @@ class Generator:
     def _text(self, ids: list[int]) -> str:
         kept = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
         return str(self.tokenizer.decode(kept, skip_special_tokens=True))
+
+
+@dataclass
+class _Row:
+    """One answer while it grows."""
+
+    ids: list[int]
+    logprobs: list[float]
+    seconds: float = 0.0
 
 
 class _Stream:
@@ -253,7 +298,7 @@ def load_for_inference(
     An adapter is put on its base and merged in memory, so that it answers at the speed of the bare model. ``device``
     None takes a GPU where there is one. Raises MissingError naming what is not there.
     """
-    folder = _resolve(path)
+    folder = weights_folder(path)
     if (folder / "adapter_config.json").is_file():
         # peft takes seconds to import and is needed for adapters only.
         from llmkit.modeling.adapters import load_adapter, merge_weights
@@ -268,21 +313,31 @@ def load_for_inference(
     return ready.to(where), open_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
-def _resolve(path: str | Path) -> Path:
-    """The folder with the weights: of a run its merged model, its model or its adapter."""
-    from llmkit.modeling.locate import find_folder
+def open_generator(
+    path: str | Path,
+    *,
+    system: str | None = None,
+    chat_template: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> Generator:
+    """A model ready to answer, with the renderer and the stop tokens that its training had; see load_for_inference.
 
-    folder = find_folder(str(path))
-    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        return folder
-    for name, mark in (("model", "config.json"), ("adapter", "adapter_config.json"), ("merged", "config.json")):
-        if (folder / name / mark).is_file():
-            return folder / name
-    if (folder / "recipe.yaml").is_file():
-        raise MissingError(
-            f"The run {folder} has no model/ or adapter/ yet: it has not finished. Run it again to its end"
-        )
-    raise MissingError(f"{folder} is neither a run nor a model: it has no model/, adapter/ or config.json")
+    ``system`` is put before conversations that have no system message; ``chat_template`` is as in ``data.chat_template``.
+    """
+    from llmkit.data.render import Renderer
+
+    model, tokenizer = load_for_inference(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    folder = str(getattr(model, "name_or_path", "") or path)
+    stops = stop_ids(None, tokenizer, folder if Path(folder).is_dir() else None)
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    more = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    seq2seq = bool(model.config.is_encoder_decoder)
+    renderer = Renderer(
+        tokenizer, chat_template=chat_template, system=system, seq2seq=seq2seq, stop_ids=(*stops, *more)
+    )
+    return Generator(model, tokenizer, renderer)
 
 
 def _take_generation_config(model: Any, folder: Path) -> None:
@@ -292,8 +347,14 @@ def _take_generation_config(model: Any, folder: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
 
 
-def _choose(logits: torch.Tensor, settings: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """Tokens [n] from logits [n, vocabulary]."""
+def _logprobs(logits: torch.Tensor, chosen: torch.Tensor) -> list[float]:
+    """Natural logarithms [n] of the probabilities of the tokens ``chosen`` [n] under logits [n, vocabulary]."""
+    taken = logits.float().log_softmax(-1).gather(-1, chosen.unsqueeze(-1))
+    return [float(value) for value in taken.squeeze(-1).tolist()]
+
+
+def _choose(logits: torch.Tensor, settings: Sampling, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Tokens [n] from logits [n, vocabulary], each row drawn by its own of the [n] generators."""
     if settings.temperature == 0:
         return logits.argmax(-1)
     shares = torch.softmax(logits.float() / settings.temperature, dim=-1)
@@ -301,4 +362,5 @@ def _choose(logits: torch.Tensor, settings: Sampling, generator: torch.Generator
         ordered, index = shares.sort(dim=-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered >= settings.top_p] = 0.0
         shares = torch.zeros_like(shares).scatter_(-1, index, ordered)
-    return torch.multinomial(shares, 1, generator=generator).squeeze(1)
+    drawn = [torch.multinomial(row, 1, generator=source) for row, source in zip(shares, generators, strict=True)]
+    return torch.cat(drawn)

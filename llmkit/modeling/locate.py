@@ -69,6 +69,34 @@ def find_folder(name_or_path: str, revision: str | None = None, *, weights: bool
     return _from_hub(name_or_path, revision, weights)
 
 
+def weights_folder(path: str | Path) -> Path:
+    """The folder to answer with: of a run its model, its adapter or its merged model; a model's or adapter's own.
+
+    Raises MissingError for a run that has not finished, and for a folder that is neither.
+    """
+    folder = find_folder(str(path))
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return folder
+    for name, mark in (("model", "config.json"), ("adapter", "adapter_config.json"), ("merged", "config.json")):
+        if (folder / name / mark).is_file():
+            return folder / name
+    if (folder / "recipe.yaml").is_file():
+        raise MissingError(
+            f"The run {folder} has no model/ or adapter/ yet: it has not finished. Run it again to its end"
+        )
+    raise MissingError(f"{folder} is neither a run nor a model: it has no model/, adapter/ or config.json")
+
+
+def fingerprint(folder: Path) -> str:
+    """What a model's folder holds, told quickly: small files by content, large ones by size and time of change."""
+    whole = hashlib.sha256()
+    for file in sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith(".")):
+        status = file.stat()
+        whole.update(f"{file.name} {status.st_size}".encode())
+        whole.update(file.read_bytes() if status.st_size < _CHUNK else str(status.st_mtime_ns).encode())
+    return f"sha256:{whole.hexdigest()}"
+
+
 def check_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     """The folder's ``config.json``, once the folder is known to be complete.
 

@@ -12,7 +12,14 @@ STAGES: dict[str, str] = {
     "sft": "llmkit.stages.sft",
     "lora": "llmkit.stages.lora",
     "cpt": "llmkit.stages.cpt",
+    "prompt-test": "llmkit.stages.prompt_test",
 }
+
+
+def by_attribute(name: str) -> str | None:
+    """The stage that Python calls ``name`` (``prompt_test`` is ``prompt-test``); None where there is none."""
+    stage = name.replace("_", "-")
+    return stage if stage in STAGES else None
 
 
 def load(stage: str) -> ModuleType:
