@@ -13,7 +13,8 @@ _PROMPT = "llmkit never learns the prompt of a conversation; `data.supervise` ch
 _MERGE = "merge the adapter first, with `llmkit merge RUN`, and give the result as `model.name_or_path`"
 _HUB = "llmkit does not publish models; `tracking.register` puts one into the MLflow registry"
 _TOKEN = "a recipe holds no secrets; set HF_TOKEN in the environment"
-_QUANT = "no recipe of this version trains on quantized weights"
+_QUANT = "write `model.quantization: {}` and train an adapter (`llmkit lora`)"
+_DOUBLE = "in a mapping: `model.quantization: {type: nf4, double_quant: true}`"
 _PROCESSES = "llmkit chooses the number of processes by itself"
 _PADDING = "llmkit does not pad; `data.packing: true` fills sequences"
 _WEIGHTS = "give each source in `data.train` a `weight`"
@@ -240,9 +241,16 @@ FOREIGN_KEYS: dict[str, str] = {
     "hub_token": _TOKEN,
     "use_auth_token": _TOKEN,
     "token": _TOKEN,
-    "load_in_4bit": _QUANT,
-    "load_in_8bit": _QUANT,
-    "quantization_bit": _QUANT,
+    "load_in_4bit": _QUANT.format("nf4"),
+    "load_in_8bit": _QUANT.format("int8"),
+    "quantization_bit": _QUANT.format("nf4"),
+    "quantization_method": "model.quantization",
+    "quantization_type": "model.quantization",
+    "quant_method": "model.quantization",
+    "bnb_4bit_quant_type": "model.quantization",
+    "bnb_4bit_use_double_quant": _DOUBLE,
+    "double_quantization": _DOUBLE,
+    "bnb_4bit_compute_dtype": "in a mapping: `model.quantization: {type: nf4, compute_dtype: bfloat16}`",
     "deepspeed": "no recipe of this version has a DeepSpeed block",
     "fsdp": "no recipe of this version has an FSDP block",
     "fsdp_config": "no recipe of this version has an FSDP block",
@@ -278,6 +286,9 @@ FOREIGN_VALUES: dict[str, str] = {
     "adamw": "adamw_torch_fused",
     "adam": "adamw_torch_fused",
     "adamw_hf": "adamw_torch",
+    "4bit": "nf4",
+    "int4": "nf4",
+    "8bit": "int8",
     "scratch": "from_config",
     "random": "from_config",
     "split": "drop",

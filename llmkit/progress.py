@@ -60,10 +60,13 @@ def quiet_libraries() -> None:
         os.environ.setdefault(key, value)
     # DeepSpeed, which accelerate imports where it is installed, warns of every machine without a GPU.
     logging.getLogger("DeepSpeed").addFilter(_worth_saying)
+    # bitsandbytes, which peft imports, misses a kernel for inference that llmkit does not use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_worth_saying)
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    return "Setting accelerator to CPU" not in record.getMessage()
+    message = record.getMessage()
+    return "Setting accelerator to CPU" not in message and "Failed to load CPU gemm_4bit_forward" not in message
 
 
 # Numbers as text

@@ -3,7 +3,7 @@
 To move to newer versions: make a fresh environment without the file, try the suite, then lock what works:
 
     python3.11 -m venv .venv && .venv/bin/pip install torch==2.13.0
-    .venv/bin/pip install -e '.[train,s3,demo,dev,bench]'
+    .venv/bin/pip install -e '.[train,quantize,guard,s3,demo,dev,bench]'
     scripts/test.sh --no-setup && .venv/bin/python scripts/lock.py
 
 It walks the requirements of llmkit and of the extras below over the packages that are installed, so that nothing else
@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 REPO = Path(__file__).resolve().parent.parent
-EXTRAS = ("train", "s3", "demo", "dev", "bench")
+EXTRAS = ("train", "quantize", "guard", "s3", "demo", "dev", "bench")
 HEADER = """\
 # The exact versions that scripts/setup.sh, and so CI and the quickstart, install. Made by scripts/lock.py: do not edit.
 # Install with: pip install torch==2.13.0 && pip install -c constraints.txt -e '.[train]'

@@ -93,9 +93,9 @@ install_torch() { # cpu | cuda
 }
 
 main() {
-    local extras=train,demo,s3 level=run
+    local extras=train,quantize,guard,demo,s3 level=run
     case "${1:-}" in
-    --dev) extras=train,demo,s3,dev,bench level=dev ;;
+    --dev) extras=train,quantize,guard,demo,s3,dev,bench level=dev ;;
     "") ;;
     *) fail 2 "unknown option $1; usage: scripts/setup.sh [--dev]" ;;
     esac

@@ -16,6 +16,7 @@ import torch
 
 from llmkit.errors import DataError, UsageError
 from llmkit.modeling.load import open_model, plain_attention
+from llmkit.modeling.locate import BaseInfo
 from llmkit.modeling.locate import BaseInfo, weights_folder
 from llmkit.modeling.tokenizer import open_tokenizer, stop_ids
 
@@ -295,17 +296,22 @@ def load_for_inference(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer from a run folder, a model folder, a hub id or an adapter folder.
 
-    An adapter is put on its base and merged in memory, so that it answers at the speed of the bare model. ``device``
-    None takes a GPU where there is one. Raises MissingError naming what is not there.
+    An adapter is put on its base and merged in memory, so that it answers at the speed of the bare model. One that was
+    trained over a quantized base (and asked for without a ``dtype``) answers over that, unmerged: as in training, in the
+    memory of the training. ``device`` None takes a GPU where there is one. Raises MissingError naming what is not there.
     """
     folder = weights_folder(path)
     if (folder / "adapter_config.json").is_file():
         # peft takes seconds to import and is needed for adapters only.
         from llmkit.modeling.adapters import load_adapter, merge_weights
 
-        peft_model, _, _ = load_adapter(folder, dtype=None if dtype == "auto" else dtype)
-        model = merge_weights(peft_model)
-        _take_generation_config(model, folder)
+        info = BaseInfo.read(folder) if dtype == "auto" else None
+        as_trained = info is not None and info.quantization is not None
+        peft_model, _, _ = load_adapter(
+            folder, dtype="trained" if as_trained else None if dtype == "auto" else dtype, device=device
+        )
+        model: Any = peft_model if as_trained else merge_weights(peft_model)
+        _take_generation_config(peft_model.get_base_model() if as_trained else model, folder)
     else:
         model = open_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from llmkit.errors import MissingError, UsageError
 from llmkit.modeling.load import check_finite, embedding_rows, open_model
 from llmkit.modeling.locate import BaseInfo, check_safetensors, find_base, model_digest
+from llmkit.modeling.quantized import is_quantized
 from llmkit.modeling.settings import AdapterSettings
 
 if TYPE_CHECKING:
@@ -104,11 +105,17 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 
 
 def load_adapter(
-    folder: str | Path, *, dtype: str | None = None, trainable: bool = False, check_base: bool = True
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    trainable: bool = False,
+    check_base: bool = True,
+    device: str | None = None,
 ) -> tuple[PeftModel, BaseInfo, Path]:
     """An adapter on its base, reloaded from disk; gives the model, what the adapter says of its base, the base's folder.
 
-    ``dtype`` None takes the base's own type, ``"trained"`` the one it had in training. Raises MissingError when the
+    ``dtype`` None takes the base's own type, ``"trained"`` the one it had in training, quantized if it was; with any
+    other the base is not quantized. ``device`` is where a quantized base goes (see ``open_model``). Raises MissingError when the
     adapter is not complete, the base is gone, or it is not the one the adapter was trained on (``check_base``).
     """
     path = Path(folder)
@@ -123,7 +130,9 @@ def load_adapter(
     if check_base and info.digest:
         _check_digest(path, info, base_folder)
     wanted = info.dtype if dtype == "trained" else dtype or "auto"
-    model = open_model(base_folder, dtype=wanted)
+    model = open_model(
+        base_folder, dtype=wanted, quantization=info.quantized if dtype == "trained" else None, device=device
+    )
     weights = path / ADAPTER_WEIGHTS
     _match_rows(model, weights)
     with warnings.catch_warnings():
@@ -217,12 +226,23 @@ def _checked_saved(model: PreTrainedModel, names: list[str]) -> tuple[list[str],
         last = sorted({name.rpartition(".")[2] for name in every if not name.rpartition(".")[2].isdigit()})
         lines = [f"adapter.modules_to_save: {name!r} matches no layer" for name in unknown]
         raise UsageError("\n".join(lines) + f"\nThis model has {', '.join(last)}")
+    _refuse_quantized(model, names)
     ends = _embedding_names(model)
     chosen = [name for name in names if name.rpartition(".")[2] in ends]
     if not chosen or not model.config.get_text_config().tie_word_embeddings:
         return list(names), False
     # One matrix under two names: the input embedding is trained, and PEFT ties the output layer to it.
     return [*(n for n in names if n not in chosen), ends[0]], True
+
+
+def _refuse_quantized(model: PreTrainedModel, names: list[str]) -> None:
+    for path, module in model.named_modules():
+        name = next((n for n in names if path == n or path.endswith(f".{n}")), None)
+        if name is not None and any(is_quantized(part) for part in module.modules()):
+            raise UsageError(
+                f"adapter.modules_to_save: {name!r} is quantized (model.quantization), so it cannot be trained in full. "
+                "Remove it: it gets an adapter instead"
+            )
 
 
 def _embedding_names(model: PreTrainedModel) -> list[str]:
@@ -234,7 +254,12 @@ def _embedding_names(model: PreTrainedModel) -> list[str]:
 
 def _linear_paths(model: PreTrainedModel) -> set[str]:
     output = model.get_output_embeddings()
-    return {n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D") and m is not output}
+    kinds = ("Linear", "Conv1D")
+    return {
+        name
+        for name, module in model.named_modules()
+        if (type(module).__name__ in kinds or is_quantized(module)) and module is not output
+    }
 
 
 def _there_are(names: list[str]) -> str:

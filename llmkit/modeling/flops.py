@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmkit.modeling.quantized import weights_of
+
 # Dense (not sparse) bfloat16 tensor FLOP/s, from each maker's data sheet; float16 where a device has no bfloat16.
 # A longer name wins over a shorter one, so that "H100 PCIe" is not taken for the SXM board.
 _PEAK_TFLOPS: dict[str, float] = {
@@ -65,7 +67,7 @@ def flops_per_token(model: PreTrainedModel, length: int, *, supervised: float = 
     lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     total = 0.0
     for parameter in model.parameters():
-        cost = float(parameter.numel() * (6 if parameter.requires_grad else 4))
+        cost = float(weights_of(parameter) * (6 if parameter.requires_grad else 4))
         if parameter is head:
             total += supervised * cost
         elif parameter.ndim == 3:

@@ -22,8 +22,9 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from llmkit.errors import MissingError, UsageError
+from llmkit.modeling import quantized
 from llmkit.modeling.locate import check_folder, find_folder, model_digest
-from llmkit.modeling.settings import ModelSettings
+from llmkit.modeling.settings import ModelSettings, QuantizationSettings
 from llmkit.modeling.tokenizer import load_tokenizer, stop_ids
 
 __all__ = [
@@ -70,8 +71,11 @@ def is_seq2seq(settings: ModelSettings) -> bool:
 def load_config(settings: ModelSettings) -> PreTrainedConfig:
     """The model's configuration; with ``init: from_config`` the recipe's ``config_overrides`` applied to it.
 
-    Raises MissingError for a missing or broken folder and UsageError listing every override that is wrong.
+    Raises MissingError for a missing or broken folder or where quantization wants a package that is not there, and
+    UsageError listing every override that is wrong.
     """
+    if settings.quantization is not None:
+        quantized.check_installed()
     folder = find_folder(settings.name_or_path, settings.revision, weights=False)
     check_folder(folder, weights=False)
     if settings.init == "pretrained" and settings.config_overrides:
@@ -88,15 +92,17 @@ def load_config(settings: ModelSettings) -> PreTrainedConfig:
 def load_model(settings: ModelSettings, *, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """The model of a recipe on the CPU, in training type, ready to be trained with ``tokenizer``.
 
-    A vocabulary larger than the embedding makes the embedding grow (tied ones stay tied). Every weight is known to come
-    from the folder and to be finite. ``seed`` decides random weights; the caller's random state is left as it was.
+    A quantized model is where it will be trained: on the GPU where there is one. A vocabulary larger than the embedding
+    makes the embedding grow (tied ones stay tied). Every weight is known to come from the folder and to be finite.
+    ``seed`` decides random weights; the caller's random state is left as it was.
     Raises MissingError for a folder that is not complete or does not fit its configuration, UsageError for
     settings that this model cannot be loaded with.
     """
     config = load_config(settings)
     if getattr(config, "quantization_config", None):
         raise UsageError(
-            f"{settings.name_or_path} has quantized weights, which cannot be trained: name the unquantized model"
+            f"{settings.name_or_path} has quantized weights, which cannot be trained: name the unquantized model "
+            "(for QLoRA with `model.quantization: nf4`, which quantizes it while it is read)"
         )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -109,6 +115,7 @@ def load_model(settings: ModelSettings, *, tokenizer: PreTrainedTokenizerBase, s
                 dtype=settings.dtype,
                 attn=settings.attn_implementation,
                 trust_remote_code=settings.trust_remote_code,
+                quantization=settings.quantized,
             )
             _grow_embedding(model, len(tokenizer))
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -119,11 +126,18 @@ def load_model(settings: ModelSettings, *, tokenizer: PreTrainedTokenizerBase, s
 
 
 def open_model(
-    folder: str | Path, *, dtype: str = "auto", attn: str = "auto", trust_remote_code: bool = False
+    folder: str | Path,
+    *,
+    dtype: str = "auto",
+    attn: str = "auto",
+    trust_remote_code: bool = False,
+    quantization: QuantizationSettings | None = None,
+    device: str | None = None,
 ) -> PreTrainedModel:
     """A complete model from a local folder, in evaluation mode, checked: no weight missing, left over or not finite.
 
-    ``dtype`` is ``auto`` or the name of a torch type. Raises MissingError or UsageError.
+    ``dtype`` is ``auto`` or the name of a torch type. ``quantization`` quantizes the linear layers while they are read,
+    on ``device``: None is the GPU where there is one (another model comes on the CPU). Raises MissingError or UsageError.
     """
     path = Path(folder)
     check_folder(path)
@@ -131,6 +145,11 @@ def open_model(
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     if attn != "auto":
         kwargs["attn_implementation"] = attn
+    if quantization is not None:
+        quantized.check_installed()
+        quantized.check_saved_finite(path)
+        where = device or (torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+        kwargs |= quantized.loading_arguments(quantization, where)
     with quiet():
         try:
             model, info = _auto_class(config).from_pretrained(str(path), **kwargs)
@@ -142,6 +161,8 @@ def open_model(
             raise UsageError(f"{path} cannot be loaded: {_first(error)}") from error
     _check_loading_info(path, info)
     check_finite(model, str(path))
+    if quantization is not None and not quantized.use_own_product(model):
+        raise UsageError(f"{path} has no linear layer that could be quantized: remove model.quantization")
     return model  # type: ignore[no-any-return]
 
 
@@ -150,9 +171,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     parameters = list(model.parameters())
     embedding = _input_embedding(model)
     return ParameterCount(
-        all=sum(p.numel() for p in parameters),
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        embedding=sum(p.numel() for p in embedding.parameters()) if embedding is not None else 0,
+        all=sum(quantized.weights_of(p) for p in parameters),
+        trainable=sum(quantized.weights_of(p) for p in parameters if p.requires_grad),
+        embedding=sum(quantized.weights_of(p) for p in embedding.parameters()) if embedding is not None else 0,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llmkit.errors import MissingError, UsageError
-from llmkit.modeling.settings import ModelSettings
+from llmkit.modeling.settings import ModelSettings, QuantizationSettings
 
 BASE_FILE = "llmkit_base.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -27,7 +27,8 @@ class BaseInfo:
     """The model that an adapter was trained on, as ``llmkit_base.json`` beside the adapter holds it.
 
     ``name_or_path`` is what the recipe said, ``path`` the absolute folder (the hub id for a hub model), ``digest``
-    what :func:`model_digest` gave, ``rows`` the rows of the embedding in that folder, ``dtype`` the training type.
+    what :func:`model_digest` gave, ``rows`` the rows of the embedding in that folder, ``dtype`` the training type,
+    ``quantization`` how its weights were quantized in training (the fields of QuantizationSettings), None for not at all.
     """
 
     name_or_path: str
@@ -36,6 +37,11 @@ class BaseInfo:
     rows: int
     dtype: str
     revision: str | None = None
+    quantization: dict[str, Any] | None = None
+
+    @property
+    def quantized(self) -> QuantizationSettings | None:
+        return None if self.quantization is None else QuantizationSettings(**self.quantization)
 
     def write(self, folder: Path) -> None:
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
@@ -48,7 +54,9 @@ class BaseInfo:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            info = cls(**json.loads(path.read_text(encoding="utf-8")))
+            _ = info.quantized  # refused here, where the file can be named
+            return info
         except (ValueError, TypeError) as error:
             raise MissingError(f"{path} is damaged ({error}): the adapter's base is not known") from error
 
@@ -305,4 +313,5 @@ def describe_base(settings: ModelSettings, *, rows: int, dtype: str) -> BaseInfo
     folder = find_folder(settings.name_or_path, settings.revision)
     local = Path(settings.name_or_path).expanduser().is_dir()
     path = str(folder.resolve()) if local else settings.name_or_path
-    return BaseInfo(settings.name_or_path, path, model_digest(folder), rows, dtype, settings.revision)
+    quantization = settings.quantized.model_dump() if settings.quantized else None
+    return BaseInfo(settings.name_or_path, path, model_digest(folder), rows, dtype, settings.revision, quantization)

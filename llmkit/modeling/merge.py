@@ -23,7 +23,8 @@ class MergeReport:
 
     ``difference`` is how far merged and unmerged logits are apart in float32 (``tolerance`` is the bound), relative
     to their spread; ``rounding`` the same after the weights were rounded to ``dtype``; ``effect`` how far the adapter
-    itself moves the base's logits, to compare with.
+    itself moves the base's logits, to compare with. ``quantization`` says that the base was quantized in training; it
+    is merged into unquantized all the same.
     """
 
     output: str
@@ -36,6 +37,7 @@ class MergeReport:
     tolerance: float
     rounding: float
     effect: float
+    quantization: str | None = None
 
 
 def merge(run_dir: Path, out: Path | None = None) -> MergeReport:
@@ -82,6 +84,7 @@ def merge(run_dir: Path, out: Path | None = None) -> MergeReport:
         tolerance=bound,
         rounding=rounded.relative,
         effect=difference(unmerged, base).relative,
+        quantization=info.quantized and f"{info.quantized.type} in training; merged into the unquantized base",
     )
 
 

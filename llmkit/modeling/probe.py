@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmkit.modeling.load import plain_attention
+from llmkit.modeling.quantized import weights_of
 
 Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -114,9 +115,13 @@ def tolerance(dtype: str, *, slack: float = 1.0) -> float:
 
 
 def dtype_name(model: Any) -> str:
-    """Type of most of the weights, e.g. ``bfloat16``; an adapter's float32 weights do not outvote their base's."""
+    """Type of most of the weights, e.g. ``bfloat16``; an adapter's float32 weights do not outvote their base's.
+
+    Quantized weights count as what they were loaded as.
+    """
     sizes: dict[str, int] = {}
     for parameter in model.parameters():
-        name = str(parameter.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + parameter.numel()
+        dtype = parameter.dtype if parameter.is_floating_point() else model.config.dtype
+        name = str(dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + weights_of(parameter)
     return max(sizes, key=lambda name: sizes[name])

@@ -23,6 +23,23 @@ class TokenizerTrainingSettings(Settings):
             yield Conflict("special_tokens", "holds an empty token, or one twice")
 
 
+class QuantizationSettings(Settings):
+    """How the frozen weights under an adapter are kept (QLoRA, arXiv 2305.14314), by bitsandbytes."""
+
+    type: Literal["nf4", "int8"]
+    """``nf4``: 4 bits, values spread as a normal distribution is; ``int8``: 8 bits, one scale for each output."""
+    double_quant: bool = True
+    """Quantize the scales of ``nf4`` too: 4.13 instead of 4.5 bits a weight."""
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type in which ``nf4`` weights are multiplied; ``float16`` for GPUs without bfloat16. ``int8`` uses the input's type."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        for key in ("double_quant", "compute_dtype"):
+            # a default may be written out: the frozen recipe of a run does so
+            if self.type == "int8" and getattr(self, key) != type(self).model_fields[key].default:
+                yield Conflict(key, "is a setting of `nf4`; `int8` has none", "remove the line", ("type",))
+
+
 class ModelSettings(Settings):
     name_or_path: Annotated[str, Field(min_length=1)]
     """A folder or hub id. With ``init: from_config`` only its ``config.json`` (and tokenizer) is read."""
@@ -40,9 +57,20 @@ class ModelSettings(Settings):
     """Attention kernel; ``auto`` uses llmkit's variable-length attention where the model allows it, else sdpa."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
+    quantization: Literal["nf4", "int8"] | QuantizationSettings | None = None
+    """Keep the frozen weights under an adapter in 4 or 8 bits (QLoRA): ``nf4``, ``int8``, or a mapping. Needs an ``adapter``."""
+
+    @property
+    def quantized(self) -> QuantizationSettings | None:
+        """``quantization`` in its long form."""
+        given = self.quantization
+        return QuantizationSettings(type=given) if isinstance(given, str) else given
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.init == "from_config":
+            if self.quantization is not None:
+                message = "random weights are trained themselves, and quantized ones cannot be"
+                yield Conflict("quantization", message, "remove it, or start from pretrained weights", ("init",))
             return
         hint = "with `init: pretrained` the weights decide; set `init: from_config` to begin from random weights"
         if self.config_overrides:

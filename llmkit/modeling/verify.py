@@ -21,6 +21,7 @@ import torch
 
 from llmkit.errors import LlmkitError
 from llmkit.modeling.load import open_model
+from llmkit.modeling.locate import BaseInfo, find_base, weight_files
 from llmkit.modeling.probe import OTHER_DEVICE, Probe, difference, dtype_name, logits_of, tolerance
 from llmkit.modeling.tokenizer import open_tokenizer
 
@@ -29,7 +30,7 @@ def inspect_folder(folder: Path, probe: Probe) -> tuple[list[str], dict[str, Any
     """Everything that is wrong with ``folder`` (empty when it is sound), and the figures of the comparison."""
     started = time.monotonic()
     try:
-        model = _open(folder)
+        model = _open(folder, probe.device)
         tokenizer = open_tokenizer(folder)
     except LlmkitError as error:
         return [str(error)], {}
@@ -55,12 +56,12 @@ def inspect_folder(folder: Path, probe: Probe) -> tuple[list[str], dict[str, Any
     return problems, report
 
 
-def _open(folder: Path) -> Any:
+def _open(folder: Path, device: str) -> Any:
     if (folder / "adapter_config.json").is_file():
         # peft is imported for adapters only: it costs as much as a small model takes to check.
         from llmkit.modeling.adapters import load_adapter
 
-        return load_adapter(folder, dtype="trained", check_base=False)[0]
+        return load_adapter(folder, dtype="trained", check_base=False, device=_quantized_on(folder, device))[0]
     return open_model(folder)
 
 
@@ -85,6 +86,18 @@ def _structure(model: Any, tokens: int) -> list[str]:
     if any(parameter.numel() == 0 for parameter in model.parameters()):
         problems.append("it has weights of size 0")
     return problems
+
+
+def _quantized_on(folder: Path, device: str) -> str:
+    """Where a quantized base is quantized: as in training, where there is room for its files unquantized."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return "cpu"
+    info = BaseInfo.read(folder)
+    if info is None or info.quantization is None:
+        return "cpu"
+    size = sum(file.stat().st_size for file in weight_files(find_base(info.name_or_path, info.path, info.revision)[1]))
+    free, _ = torch.cuda.mem_get_info()
+    return "cuda" if free > size + 2**30 else "cpu"
 
 
 def _to_device(model: Any, device: str) -> Any:

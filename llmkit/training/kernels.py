@@ -107,16 +107,22 @@ def _replacement(module: nn.Module) -> Forward | None:
     return None
 
 
-def _width(module: nn.Module) -> int:
-    weight: Any = module.weight if hasattr(module, "variance_epsilon") else module.gate_proj.weight  # type: ignore[union-attr]
-    return int(weight.shape[-1])
+def _width(module: Any) -> int:
+    return int(module.weight.shape[-1] if hasattr(module, "variance_epsilon") else module.gate_proj.in_features)
 
 
-def _same(module: nn.Module, new: Forward) -> bool:
-    """Forward and input gradient of both on the same random input agree within rounding."""
+def _input_dtype(module: nn.Module, usual: torch.dtype) -> torch.dtype:
+    """That of its first weight; of the ``usual`` type where it is quantized."""
+    first = next(module.parameters()).dtype
+    return first if first.is_floating_point else usual
+
+
+def _same(module: nn.Module, new: Forward, dtype: torch.dtype) -> bool:
+    """Forward and input gradient of both on the same random input of type ``dtype`` agree within rounding."""
     generator = torch.Generator().manual_seed(0)
-    dtype = next(module.parameters()).dtype
     x = torch.randn(3, _width(module), generator=generator).to(dtype)
+    # Any direction but the squares: those of a norm with weights of 1 always add up to the same.
+    toward = torch.randn(x.shape, generator=generator)
     outcomes = []
     was_training = module.training
     module.eval()  # an adapter's dropout would make every two passes differ
@@ -127,7 +133,7 @@ def _same(module: nn.Module, new: Forward) -> bool:
     for forward in (module.forward, MethodType(new, module)):
         leaf = x.clone().requires_grad_()
         out = forward(leaf)
-        outcomes += [out.detach(), torch.autograd.grad(out.float().square().sum(), leaf)[0]]
+        outcomes += [out.detach(), torch.autograd.grad((out.float() * toward).sum(), leaf)[0]]
     module.train(was_training)
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     return all(_near(a, b, tolerance) for a, b in zip(outcomes[:2], outcomes[2:], strict=True))
@@ -154,15 +160,16 @@ def lean_layers(model: nn.Module) -> Iterator[int]:
     """Replace what can be replaced while the model trains on a CPU; yields how many layers were."""
     restore: list[Callable[[], None]] = []
     verdicts: dict[tuple[type, torch.dtype, bool], bool] = {}
+    usual = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
         for module in model.modules():
             new = _replacement(module)
             if new is None or "forward" in module.__dict__:
                 continue
-            parameter = next(module.parameters())
-            key = (type(module), parameter.dtype, parameter.device.type == "cpu")
+            dtype = _input_dtype(module, usual)
+            key = (type(module), dtype, next(module.parameters()).device.type == "cpu")
             if key not in verdicts:
-                verdicts[key] = key[2] and _same(module, new)
+                verdicts[key] = key[2] and _same(module, new, dtype)
             if verdicts[key]:
                 module.forward = MethodType(new, module)
                 restore.append(_forget(module))

@@ -10,31 +10,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llmkit.modeling.quantized import dequantized, is_quantized, product_dtype
+
 
 class _LoraLinear(torch.autograd.Function):
-    """x ``[..., in]``, weight ``[out, in]`` frozen, a ``[r, in]`` and b ``[out, r]`` of any float type → ``[..., out]``."""
+    """x ``[..., in]``, weight ``[out, in]`` frozen, a ``[r, in]`` and b ``[out, r]`` of any float type → ``[..., out]``.
+
+    A quantized weight is given as a function that makes it: it is asked anew in the backward pass, and nothing is kept.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float
+        ctx: Any,
+        x: Tensor,
+        given: Tensor | Callable[[], Tensor],
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        p: float,
     ) -> Tensor:
         a_used, b_used = a.to(x.dtype), b.to(x.dtype)
         mask = kept_mask(x, p) if p else None
         dropped = x if mask is None else _keep(x, mask)
         scale /= 1 - p  # what dropout keeps is scaled up: here, as the update's scale, for nothing
         inner = functional.linear(dropped, a_used).flatten(0, -2)
-        out = functional.linear(x, weight, bias)
+        kept = given if isinstance(given, Tensor) else None
+        out = functional.linear(x, given() if kept is None else kept, bias)  # type: ignore[operator]
         out.view(-1, out.shape[-1]).addmm_(inner, b_used.t(), alpha=scale)
-        ctx.save_for_backward(x, mask, inner, weight, a_used, b_used)
-        ctx.scale, ctx.types = scale, (a.dtype, b.dtype)
+        ctx.save_for_backward(x, mask, inner, kept, a_used, b_used)
+        ctx.scale, ctx.types, ctx.given = scale, (a.dtype, b.dtype), given if kept is None else None
         return out
 
     @staticmethod
@@ -47,7 +62,7 @@ class _LoraLinear(torch.autograd.Function):
         db = torch.mm(grad.t(), inner).mul_(ctx.scale).to(ctx.types[1])
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.mm(grad, weight)
+            dx = torch.mm(grad, ctx.given() if weight is None else weight)
             if mask is None:
                 dx.addmm_(dinner, a)
             else:
@@ -81,18 +96,24 @@ def _keep(x: Tensor, mask: Tensor) -> Tensor:
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     layer: nn.Linear = self.base_layer
-    plain = not args and not kwargs and x.dtype == layer.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    same_type = x.dtype == product_dtype(layer, x.dtype)
+    plain = not args and not kwargs and same_type and not torch.is_autocast_enabled(x.device.type)
     if not plain or self.merged or self.disable_adapters:
         return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
     (name,) = self.active_adapters
     p = float(getattr(self.lora_dropout[name], "p", 0.0)) if self.training else 0.0
     a, b = self.lora_A[name].weight, self.lora_B[name].weight
-    return _LoraLinear.apply(x, layer.weight, layer.bias, a, b, float(self.scaling[name]), p)  # type: ignore[no-untyped-call,no-any-return]
+    weight = partial(dequantized, layer, x.dtype) if is_quantized(layer) else layer.weight
+    return _LoraLinear.apply(x, weight, layer.bias, a, b, float(self.scaling[name]), p)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """One LoRA update without further inventions on a frozen linear layer."""
-    if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear:
+    """One LoRA update without further inventions on a frozen linear layer, quantized or not."""
+    if not isinstance(module, LoraLayer):
+        return False
+    base: Any = module.base_layer
+    ordinary = type(module) is LoraLinear and type(base) is nn.Linear
+    if not (ordinary or (is_quantized(base) and type(module).__name__ == type(base).__name__)):
         return False
     names: list[str] = list(module.active_adapters)
     return (
@@ -101,8 +122,8 @@ def _is_plain(module: nn.Module) -> bool:
         and names[0] not in module.lora_variant
         and not module.lora_bias.get(names[0], False)
         and not module.fan_in_fan_out
-        and not module.base_layer.weight.requires_grad
-        and (module.base_layer.bias is None or not module.base_layer.bias.requires_grad)
+        and not base.weight.requires_grad
+        and (base.bias is None or not base.bias.requires_grad)
         and type(module.lora_dropout[names[0]]) in (nn.Identity, nn.Dropout)
     )
 

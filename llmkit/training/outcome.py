@@ -123,6 +123,8 @@ def describe_inputs(recipe: TrainingRecipe, ctx: RunContext, model: Any, report:
     count = count_parameters(model)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     tags = {"device": device, "processes": str(ctx.world_size), "model.dtype": dtype_name(model)}
+    if recipe.model.quantized is not None:
+        tags["model.quantization"] = recipe.model.quantized.type
     if recipe.model.init == "pretrained":
         tags["model.digest"] = model_digest(find_folder(recipe.model.name_or_path, recipe.model.revision))
     ctx.tracker.tags(tags | {"model.parameters": str(count.all), "model.trainable": str(count.trainable)})
@@ -142,8 +144,7 @@ def stream_inputs(recipe: TrainingRecipe, ctx: RunContext, held_out: TokenStore 
     found: dict[str, Any] = {"streaming": True, "digests": digest(recipe.data), "sources": []}
     if held_out is not None:
         prepared = json.loads((ctx.output_dir / REPORT).read_text(encoding="utf-8"))
-        sources = [source | {"key": source["key"].replace("data.train", "data.eval")} for source in prepared["sources"]]
-        found |= {"eval": prepared["train"], "sources": sources}
+        found |= {"eval": prepared["train"], "sources": prepared["sources"]}
     return found
 
 

@@ -22,6 +22,7 @@ from llmkit.errors import StoppedEarly, UsageError
 from llmkit.modeling.adapters import attach
 from llmkit.modeling.flops import flops_per_token, peak_flops
 from llmkit.modeling.load import count_parameters, is_seq2seq, load_model
+from llmkit.modeling.quantized import describe
 from llmkit.modeling.settings import AdapterSettings
 from llmkit.modeling.tokenizer import load_tokenizer, stop_ids
 from llmkit.training import checkpoints
@@ -83,6 +84,8 @@ def train(recipe: TrainingRecipe, ctx: RunContext, *, stage: str, adapter: Adapt
     data = _read(recipe, renderer, ctx)  # before any process group is opened: ranks wait on a file lock, not a timeout
     open_group(ctx, recipe.launch.timeout_minutes)
     model: Any = load_model(recipe.model, tokenizer=tokenizer, seed=recipe.seed)
+    if recipe.model.quantized is not None:
+        ctx.progress.note(describe(model, recipe.model.quantized))
     if adapter is not None:
         model = attach(model, adapter, seed=recipe.seed)
     trainer, watch = _trainer(recipe, ctx, model, tokenizer, data, seq2seq)

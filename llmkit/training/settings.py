@@ -129,8 +129,26 @@ class TrainingRecipe(Recipe):
                 if getattr(self.train, key):
                     hint = "for example `eval: {split: 0.02}`"
                     yield Conflict(f"train.{key}", "needs held-out rows, in `data.eval`", hint, ("data.eval",))
+        yield from self._quantization_conflicts()
         for key in ("bf16", "fp16"):
             if getattr(self.train, key) and self.model.dtype not in ("auto", "float32"):
                 message = f"mixed precision keeps float32 weights, but `model.dtype` is {self.model.dtype}"
                 hint = f"set `model.dtype: float32`, or remove `{key}` to train in {self.model.dtype} throughout"
                 yield Conflict(f"train.{key}", message, hint, ("model.dtype",))
+
+    def _quantization_conflicts(self) -> Iterator[Conflict]:
+        """Quantized weights stay as they are: something beside them has to learn."""
+        if self.model.quantization is None:
+            return
+        adapter: Any = getattr(self, "adapter", None)
+        if adapter is None:
+            has_one = "adapter" in type(self).model_fields
+            hint = "add `adapter: {}`" if has_one else "train an adapter with `llmkit lora`"
+            message = "quantized weights cannot be trained themselves: a step is far smaller than their steps"
+            yield Conflict("model.quantization", message, f"{hint}, or remove this to train all weights")
+        elif adapter.init_lora_weights in ("pissa", "olora"):
+            message = f"{adapter.init_lora_weights} takes its start out of the weights and changes them, which quantized ones do not allow"
+            yield Conflict("adapter.init_lora_weights", message, "use true or gaussian", ("model.quantization",))
+        if self.train.torch_compile:
+            message = "does not go through the quantized layers of `model.quantization`"
+            yield Conflict("train.torch_compile", message, "remove one of them", ("model.quantization",))

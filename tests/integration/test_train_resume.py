@@ -51,6 +51,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "accumulated": ("sft", {"train.gradient_accumulation_steps": 2, "train.per_device_train_batch_size": 2}),
     "packed": ("sft", {"data.packing": True, "train.per_device_train_batch_size": 1, "train.max_steps": 12}),
     "lora with dropout": ("lora", {"adapter.lora_dropout": 0.3, "adapter.r": 4}),
+    "qlora": ("lora", {"model.quantization": "nf4", "adapter.r": 4}),
     "neftune": ("sft", {"train.neftune_noise_alpha": 5.0}),
     "streaming": ("sft", {"data.streaming": True, "train.max_steps": 12}),
     "evaluating": ("sft", {"data.eval": {"split": 0.3}, "train.eval_steps": 2, "train.max_steps": 12}),

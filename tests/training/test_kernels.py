@@ -100,6 +100,21 @@ def test_an_adapter_with_dropout_has_its_layers_replaced_too(tiny_llama: Path) -
     assert model.training and all(m.training for m in model.modules())
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_layers_around_quantized_weights_are_replaced_too(kind: str, tiny_llama: Path) -> None:
+    from llmkit.modeling.adapters import attach
+    from llmkit.modeling.load import open_model
+    from llmkit.modeling.settings import AdapterSettings, QuantizationSettings
+
+    base = open_model(tiny_llama, dtype="bfloat16", quantization=QuantizationSettings(type=kind))  # type: ignore[arg-type]
+    model = attach(base, AdapterSettings(r=4), seed=0)
+    plain = gradients(model, IDS)
+    with lean_layers(model) as replaced:
+        assert replaced == 5 + 2 + 1
+        lean = gradients(model, IDS)
+    assert near(lean[0], plain[0], LOOSE)
+
+
 def test_mixed_precision_keeps_statistics_in_float32(tiny_llama: Path) -> None:
     model = model_of(tiny_llama)
     norm = model.model.norm

@@ -155,6 +155,44 @@ def test_mixed_precision_merged_and_disabled_layers_go_pefts_way() -> None:
     assert near(off, model.base_model.model[0].base_layer(x), TIGHT)
 
 
+def quantized(folder: Path, kind: str, **adapter: Any) -> Any:
+    """A quantized tiny model whose adapter is random in both halves."""
+    from llmkit.modeling.adapters import attach
+    from llmkit.modeling.load import open_model
+    from llmkit.modeling.settings import AdapterSettings, QuantizationSettings
+
+    base = open_model(folder, dtype="bfloat16", quantization=QuantizationSettings(type=kind))  # type: ignore[arg-type]
+    model = attach(base, AdapterSettings(**{"r": 4} | adapter), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) / 20
+    return model
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_over_a_quantized_layer_too(kind: str, tiny_llama: Path) -> None:
+    layer = quantized(tiny_llama, kind).base_model.model.model.layers[0].mlp.up_proj
+    x = sample(2, 9, 64, dtype=torch.bfloat16)
+    ours, theirs = outcome(layer, x, fast=True), outcome(layer, x, fast=False)
+    assert len(ours) == 4
+    assert [a.dtype for a in ours] == [a.dtype for a in theirs]
+    assert all(near(a, b, LOOSE) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_quantized_layer_that_multiplies_in_another_type_goes_pefts_way(tiny_llama: Path) -> None:
+    layer = quantized(tiny_llama, "nf4").base_model.model.model.layers[0].mlp.up_proj
+    x = sample(5, 64)  # float32, and the weights are multiplied in bfloat16
+    with lean_adapters(layer):
+        lean = layer(x)
+    assert torch.equal(lean, layer(x))
+
+
+def test_dora_over_a_quantized_layer_is_left_to_peft(tiny_llama: Path) -> None:
+    with lean_adapters(quantized(tiny_llama, "nf4", use_dora=True)) as replaced:
+        assert replaced == 0
+
+
 def test_it_goes_away_again(tiny_llama: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
