@@ -192,6 +192,10 @@ class Recipe(Settings):
         if self.launch.processes not in ("auto", 1) and not self.several_processes:
             yield Conflict("launch.processes", "this stage runs as one process", "remove it, or set it to 1")
 
+    def input_digests(self) -> Mapping[str, str]:
+        """Digests of what a run reads beside ``data``, by name: by them a run knows that its inputs changed."""
+        return {}
+
     def in_own_folder(self) -> Self:
         """The same recipe in a folder of this stage's own, where the recipe was written for another stage."""
         if not self.folder_suffix:
