@@ -144,7 +144,7 @@ def constraints() -> dict[str, str]:
 
 def test_constraints_are_exact_public_and_within_the_bounds() -> None:
     pins, project = constraints(), PROJECT["project"]
-    extras = ("train", "s3", "demo", "dev", "bench")
+    extras = ("train", "guard", "s3", "demo", "dev", "bench")
     needs = [*project["dependencies"], *(line for e in extras for line in project["optional-dependencies"][e])]
     for need in map(Requirement, needs):
         version = pins[canonicalize_name(need.name)]
