@@ -29,6 +29,11 @@ CHUNK_ELEMENTS = 1 << 23
 """As training/loss.py: logits held at once."""
 QUERY_BLOCK = 128
 """As training/attention.py: queries scored at once on a CPU."""
+MAPPED = 32 << 20
+"""As training/allocator.py: blocks of this size are mapped one by one by the C library, smaller ones lie in its heap."""
+ON_THE_WAY = 0.18e9
+"""What a process on a CPU takes beyond its imports until a run has ended: tokenizer and Arrow, the first kernels of the
+matrix library, autograd, checkpoint and plots. Measured with the smallest model (benchmarks/plan_accuracy.py)."""
 CUDA_CONTEXT = 600 << 20
 """What a process holds on a GPU before its first tensor: the context and the libraries' kernels. nvidia-smi shows 400
 to 700 MB, depending on the card and on the libraries."""
@@ -411,7 +416,8 @@ def predict(setup: Setup, *, base: float, data: float = 0.0, host_base: float | 
     """
     terms = [*_states(setup), *_passing(setup)]
     if setup.cpu:
-        terms.append(Term("process", base, base, "interpreter and libraries, before the model is loaded", host=True))
+        held = base + ON_THE_WAY
+        terms.append(Term("process", held, held, "interpreter and libraries, before and beside the model", host=True))
     else:
         terms.append(Term("process", base, base, "CUDA context and the libraries' kernels"))
         host = host_base or 0.0
@@ -447,17 +453,30 @@ def _states(setup: Setup) -> Iterator[Term]:
 
 
 def _gradient_term(setup: Setup, trained: _Trained) -> Term:
-    """Without accumulation gradients appear while activations go: only the larger counts."""
+    """Without accumulation gradients appear while activations go: only what they are more counts.
+
+    Not so in the C library's heap: what freed gradients leave lies between optimizer states, in pieces too small for
+    activations. Tensors of 32 MB and more are mapped one by one, and given back.
+    """
     shard = setup.sharding
     size = trained.size / (setup.processes if shard.stage >= 2 else 1)
     if setup.passes > 1 or shard.engine:
         return Term(
             "gradients", size, size, "they stay while passes add up" if setup.passes > 1 else "in DeepSpeed's buffers"
         )
+    if setup.cpu:
+        left = min(size, _on_the_heap(setup))
+        return Term("gradients", size, left, "freed between two steps, but for what holes in the heap keep")
     head = head_gradient(setup)
     room = activations(setup) + logits(setup) + head  # what the backward pass frees on its way
     at_peak = max(0.0, size + _tied_extra(setup) - room)
     return Term("gradients", size, at_peak, "they take the place of activations, one pass a step")
+
+
+def _on_the_heap(setup: Setup) -> float:
+    """Bytes of the gradients that the C library's allocator serves from its heap (training/allocator.py)."""
+    own = 4 if setup.adapter is not None else BYTES[setup.dtype]
+    return float(sum(t.count * own for t in _trained_tensors(setup) if t.count * own < MAPPED))
 
 
 def _tied_extra(setup: Setup) -> float:

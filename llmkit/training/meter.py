@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -75,11 +77,49 @@ class Meter:
 
 def peak_memory() -> dict[str, float]:
     """Highest resident memory of this process and, on a GPU, of the allocator; bytes."""
+    found = {"peak_memory_host_bytes": resident_peak()}
+    if torch.cuda.is_available():
+        found["peak_memory_device_bytes"] = float(torch.cuda.max_memory_allocated())
+    return found
+
+
+def resident_peak() -> float:
+    """Highest resident memory of this process in bytes.
+
+    From the kernel's VmHWM on Linux: ``ru_maxrss`` of a process begins at what its parent had when it was started.
+    """
+    found = _status("VmHWM")
+    if found is not None:
+        return found
     import resource
     import sys
 
     unit = 1 if sys.platform == "darwin" else 1024
-    found = {"peak_memory_host_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def resident() -> float:
+    """Resident memory of this process now, in bytes."""
+    found = _status("VmRSS")
+    if found is not None:
+        return found
+    import psutil
+
+    return float(psutil.Process().memory_info().rss)
+
+
+def forget_peak() -> None:
+    """Let the highest resident memory begin anew (proc(5), clear_refs); nothing where the system has no such thing."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
-        found["peak_memory_device_bytes"] = float(torch.cuda.max_memory_allocated())
-    return found
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _status(name: str) -> float | None:
+    try:
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = [line.split()[1] for line in text.splitlines() if line.startswith(f"{name}:")]
+    return float(found[0]) * 1024 if found else None

@@ -1,0 +1,54 @@
+"""A training run whose address space is limited for real: ``limited_run.py RECIPE.json BEFORE|DURING MEGABYTES``.
+
+BEFORE limits the process to that much more than it has before the model is loaded; DURING when the first step begins, so
+that a batch that was verified does not fit any more.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import llmkit
+from llmkit.training import fit, run
+from llmkit.training.allocator import give_back
+
+
+def limit(megabytes: int) -> None:
+    give_back()
+    size = psutil.Process().memory_info().vms + megabytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+
+
+def main() -> None:
+    recipe, when, megabytes = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], int(sys.argv[3])
+    if when == "BEFORE":
+        choose = run.choose_batch
+
+        def limited(*args: Any, **kwargs: Any) -> Any:
+            limit(megabytes)
+            return choose(*args, **kwargs)
+
+        run.choose_batch = limited
+    else:
+        begin = fit.FittingTrainer.get_batch_samples
+        seen: list[int] = []
+
+        def first(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not seen:
+                seen.append(1)
+                limit(megabytes)
+            return begin(self, *args, **kwargs)
+
+        fit.FittingTrainer.get_batch_samples = first  # type: ignore[method-assign]
+    result = llmkit.sft(recipe)
+    print(json.dumps(dict(result.metrics)))
+
+
+if __name__ == "__main__":
+    main()
