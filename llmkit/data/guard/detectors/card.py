@@ -58,7 +58,11 @@ def find(text: str) -> Iterator[Match]:
         if match["tail"] and match["by"] == " " and not is_card(_digits(match[0])):
             end = match.start("tail")  # a number of its own that follows, "4111 1111 1111 1111 12"
         digits = _digits(text[match.start() : end])
-        if not is_card(digits) or labels.in_longer_run(text, match.start(), end):
+        if (
+            not is_card(digits)
+            or labels.in_longer_run(text, match.start(), end)
+            or labels.in_arithmetic(text, match.start(), end)
+        ):
             continue
         label = labels.of(text, match.start(), end)
         grouped = len(digits) != end - match.start()

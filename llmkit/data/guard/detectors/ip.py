@@ -12,7 +12,9 @@ from llmkit.data.guard.detectors.base import Match
 _V4 = re.compile(
     r"(?<![0-9A-Za-z_])(?<![0-9A-Za-z][.\-/+~=])(?<![<>=~^]=)[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![0-9A-Za-z_]|[.\-+][0-9A-Za-z])"
 )
-_V6 = re.compile(r"(?<![0-9A-Za-z:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![0-9A-Za-z:])")
+_V6 = re.compile(
+    r"(?<![0-9A-Za-z:.])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f:]{1,33}[0-9A-Fa-f]|:)(?![0-9A-Za-z]|:[0-9A-Fa-f])"
+)
 _NOT_PUBLIC = [
     ipaddress.ip_network(network)
     for network in "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24"
@@ -25,20 +27,24 @@ _RESOLVERS = frozenset(
     " 168.126.63.1 168.126.63.2 164.124.101.2 114.114.114.114 114.114.115.115 223.5.5.5 223.6.6.6 119.29.29.29 101.101.101.101"
     " 168.95.1.1 168.95.192.1 2001:4860:4860::8888 2001:4860:4860::8844 2606:4700:4700::1111 2606:4700:4700::1001".split()
 )
+# Numbers on both sides, with points in one of them at least: the outline of a picture.
+_NUMBER_BEFORE, _NUMBER_AFTER = re.compile(r"[0-9]\.?[0-9]* $"), re.compile(r" [0-9.\-]+[ z.]")
 _SMALL = 32  # all four numbers below: a version or a section unless a label says address (one public address in 4,000)
 
 
 def find(text: str) -> Iterator[Match]:
-    """IPv4 and IPv6 addresses of the public internet; not versions, section numbers and network addresses (x.y.0.0)."""
+    """IPv4 and IPv6 addresses of the public internet.
+
+    Not: versions, numbers of sections, object identifiers (1.3.6.1), network addresses (x.y.0.0), rows of numbers.
+    """
     for match in _V4.finditer(text):
         address = _public(match[0])
         if address is not None and _not_a_version(text, match):
             yield Match(match.start(), match.end(), address)
     for match in _V6.finditer(text):
-        address = _public(match[0].rstrip(":") if match[0].endswith(":") and not match[0].endswith("::") else match[0])
+        address = _public(match[0])
         if address is not None:
-            end = match.end() - (match[0].endswith(":") and not match[0].endswith("::"))
-            yield Match(match.start(), end, address)
+            yield Match(match.start(), match.end(), address)
 
 
 def _public(text: str) -> str | None:
@@ -57,4 +63,7 @@ def _not_a_version(text: str, match: re.Match[str]) -> bool:
     if label == "ip":
         return True
     octets = [int(part) for part in match[0].split(".")]
-    return label != "other" and max(octets) >= _SMALL and any(octets[2:])
+    if label == "other" or max(octets) < _SMALL or not any(octets[2:]) or (octets[0] < 3 and octets[1] < 40):
+        return False
+    beside = text[max(0, match.start() - 16) : match.start()], text[match.end() : match.end() + 16]
+    return not (_NUMBER_BEFORE.search(beside[0]) and _NUMBER_AFTER.match(beside[1]))

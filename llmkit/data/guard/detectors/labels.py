@@ -72,14 +72,18 @@ _AFTER = re.compile(
 )
 
 
-def before(text: str, start: int, reach: int = 32) -> Label | None:
-    """The label that stands before ``text[start:]``, with no number, comma or sentence end between; None: there is none."""
+def before(text: str, start: int, gap: re.Pattern[str] | None = None, reach: int = 32) -> Label | None:
+    """The label that stands before ``text[start:]``; None where there is none.
+
+    What is between must be all of ``gap``, or where that is not given hold no number, comma or end of a sentence.
+    """
     window = text[max(0, start - reach) : start]
     found: Label | None = None
     place = 0
     for match in _LABEL.finditer(window):
         found, place = match.lastgroup, match.end()  # type: ignore[assignment]  # the groups are the labels
-    return None if found is None or _BREAK.search(window, place) else found
+    apart = not gap.fullmatch(window, place) if gap else _BREAK.search(window, place)
+    return None if found is None or apart else found
 
 
 def after(text: str, end: int, reach: int = 24) -> Label | None:
@@ -100,6 +104,17 @@ def in_longer_run(text: str, start: int, end: int) -> bool:
         return False
     before, behind = _RUN_BEFORE.search(text, max(0, start - 12), start), _RUN_AFTER.match(text, end)
     return any(run is not None and len(run[0]) > 3 for run in (before, behind))
+
+
+_OPERATOR_BEFORE = re.compile(r"(?:[*^×÷]|[0-9)]\s?=|[0-9a-z)]\s?\+)\s?$")
+_OPERATOR_AFTER = re.compile(r"\s?(?:[*^×÷%]|[+/=]\s?[0-9(])")
+
+
+def in_arithmetic(text: str, start: int, end: int) -> bool:
+    """Whether the bare number ``text[start:end]`` is one of a calculation."""
+    return text[start:end].isdigit() and bool(
+        _OPERATOR_BEFORE.search(text[max(0, start - 4) : start]) or _OPERATOR_AFTER.match(text, end)
+    )
 
 
 def of(text: str, start: int, end: int) -> Label | None:

@@ -49,7 +49,7 @@ def find_kr_rrn(text: str) -> Iterator[Match]:
     for match in _RRN.finditer(text):
         digits = match[1] + match[3]
         born = _rrn_birth(digits)
-        if born is None:
+        if born is None or labels.in_arithmetic(text, *match.span()):
             continue
         label = labels.of(text, *match.span())
         if label == "kr_rrn" or (label != "other" and _is_plain_rrn(digits, match[2] or "", born)):

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 _CANDIDATE = re.compile(
     r"(?<![0-9A-Za-z_+])(?<![0-9][.,\-:])(?<![A-Za-z]-)"
-    r"\(?\+?[ ]?\(?[0-9](?:[ \-.()]{0,3}[0-9]){6,18}(?![0-9A-Za-z_]|[.,\-:][0-9]|-[A-Za-z])"
+    r"\(?\+?\(?[0-9](?:(?:[ ]?-[ ]?|[.·]|[ ]{1,2}|[ ]?\(|\)[ ]?-?)?[0-9]){6,18}(?![0-9A-Za-z_]|[.,\-:][0-9]|-[A-Za-z])"
 )
+_DECIMAL = re.compile(r"(?:0|[1-9][0-9]*)\.[0-9]+")
+_COUNTING = "01234567890123456789"
 _GROUP = re.compile(r"[0-9]+")
 _COUNTRY_WITHOUT_PLUS = re.compile(r"(?:82|81|886)[ \-][1-9]|86[ \-]1[3-9]|00[1-9]")
 # What a national number begins with, where that is known: it spares the library most of the candidates.
@@ -95,19 +97,33 @@ def _read(text: str, candidate: re.Match[str], groups: list[tuple[int, int]], re
     digits = "".join(text[a:b] for a, b in groups)
     if not 8 <= len(digits) <= 16 or not _stands_alone(text, candidate, start, end):
         return None
-    while start > candidate.start() and text[start - 1] in "+( ":
-        start -= 1
-    while text[start] == " " or text[start:end].count("(") > text[start:end].count(")"):
-        start += 1
-    if labels.in_longer_run(text, start, end):
+    if _DECIMAL.fullmatch(text, start, end) or digits in _COUNTING:
         return None
-    abroad = "+" in text[start : groups[0][0]] or bool(_COUNTRY_WITHOUT_PLUS.match(text[groups[0][0] : end]))
+    start, body = _with_signs(text, candidate.start(), start, end), text[start:end]
+    abroad = "+" in text[start : groups[0][0]] or bool(_COUNTRY_WITHOUT_PLUS.match(body))
+    if labels.in_longer_run(text, start, end) or (not abroad and _is_odd(text, start, end)):
+        return None
     readings = _international(digits) if abroad else _national(digits, regions)
     for reading in sorted(readings, key=lambda reading: not reading.mobile):
         fits = abroad or _groups_fit(groups, reading)
         if fits and _meant(text, start, end, reading, whole=len(groups) == 1, abroad=abroad):
             return Match(start, end, f"+{reading.number.country_code} {reading.national}")
     return None
+
+
+def _is_odd(text: str, start: int, end: int) -> bool:
+    """Whether a number is written as national ones never are: a bracket inside, points and dashes, in a calculation."""
+    inside = text[start + 1 : end]
+    return "(" in inside or ("." in inside and "-" in inside) or labels.in_arithmetic(text, start, end)
+
+
+def _with_signs(text: str, first: int, start: int, end: int) -> int:
+    """``start`` with the plus and the bracket before it, unless the bracket is closed after the number only."""
+    while start > first and text[start - 1] in "+(":
+        start -= 1
+    while text[start] == "(" and text.count("(", start, end) > text.count(")", start, end):
+        start += 1
+    return start
 
 
 def _stands_alone(text: str, candidate: re.Match[str], start: int, end: int) -> bool:
@@ -169,7 +185,7 @@ def _personal(number: PhoneNumber) -> list[_Reading]:
         PhoneNumberType.PERSONAL_NUMBER,
     ):
         return []
-    return [_Reading(number, national, mobile=kind == PhoneNumberType.MOBILE)]
+    return [_Reading(number, national, mobile=kind in (PhoneNumberType.MOBILE, PhoneNumberType.PERSONAL_NUMBER))]
 
 
 def _groups_fit(groups: list[tuple[int, int]], reading: _Reading) -> bool:
