@@ -98,7 +98,7 @@ def build_app() -> typer.Typer:
     for stage in STAGES:
         short, long = stage_help(stage)
         app.command(stage, help=long, short_help=short, rich_help_panel=STAGE_PANEL)(_stage_command(stage))
-    for command in (run, init, doctor, export_schema, chat, merge, sync):
+    for command in (plan, run, init, doctor, export_schema, chat, merge, sync):
         app.command(command.__name__.replace("_", "-"))(command)
     return app
 
@@ -175,6 +175,42 @@ def run(
     from llmkit import commands
 
     return lambda: commands.run_frozen(recipe, resume=resume, dry_run=dry_run, debug=debug)
+
+
+def plan(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    set_: SetOption = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="h100-80g, a100-40g, l4, t4, … (docs/memory.md), cpu, or this machine's when left "
+                     "out.", show_default=False),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Processes, one a device; the recipe's own when left out.",
+                     show_default=False),
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="STAGE", help="The stage of the recipe, where its folder and keys do not tell.",
+                     show_default=False),
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> Action:  # fmt: skip
+    """Say whether a run fits, how long it takes and what it costs.
+
+    Loads no weights. Exit code 5 when the recipe as it stands does not fit.
+
+    Example:
+
+      llmkit plan recipe.yaml --device a100-40g --processes 4
+    """
+    from llmkit import commands
+
+    changes = [*(overrides or []), *(set_ or [])]
+    return lambda: commands.plan(recipe, changes, stage=stage, device=device, processes=processes)
 
 
 def init(

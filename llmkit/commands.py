@@ -12,13 +12,14 @@ from typing import Any
 
 from llmkit import launch, ranks, rundir, runner, stages
 from llmkit.context import Result
-from llmkit.errors import MissingError, UsageError
+from llmkit.errors import MissingError, UsageError, WontFitError
 from llmkit.launch.job import Job
 from llmkit.progress import quiet_libraries
 from llmkit.ranks import Ranks
 from llmkit.recipe import Recipe, dump, load_recipe
 from llmkit.reply import Reply
 from llmkit.runner import Prepared
+from llmkit.yaml_positions import read_file
 
 
 def stage(
@@ -52,6 +53,40 @@ def instead(name: str, recipe_path: str, overrides: Sequence[str], option: str, 
     quiet_libraries()
     text: str = getattr(module, option)(recipe, value)
     return Reply(text, {option: text})
+
+
+def plan(
+    recipe_path: str, overrides: Sequence[str], *, stage: str | None, device: str | None, processes: int | None
+) -> Reply:
+    """``llmkit plan RECIPE``: exit code 5 where the recipe as it stands does not fit."""
+    from llmkit.modeling.devices import device as find_device
+    from llmkit.training.plan import as_data, make_plan
+    from llmkit.training.plan_report import as_text
+    from llmkit.training.settings import TrainingRecipe
+
+    name = stage or _stage_of(Path(recipe_path))
+    _known(name, stages.STAGES, "stage", "--stage: ")
+    kind = stages.load(name).Recipe
+    if not issubclass(kind, TrainingRecipe):
+        raise UsageError(f"llmkit plan is about training: {name} is no training stage.")
+    recipe = load_recipe(recipe_path, kind, overrides)
+    found = make_plan(recipe, name, find_device(device), processes)
+    return Reply(as_text(found), as_data(found), 0 if found.fits else WontFitError.exit_code)
+
+
+def _stage_of(path: Path) -> str:
+    """The stage that a recipe is for: its run says so, or its folder's name, or its keys."""
+    frozen = rundir.RunFile.read(path.absolute().parent) if path.name == rundir.RECIPE else None
+    if frozen is not None:
+        return frozen.stage
+    if path.absolute().parent.name in stages.STAGES:
+        return path.absolute().parent.name
+    found: Any = read_file(path).data
+    blocks = found if isinstance(found, dict) else {}
+    model, data = (blocks.get(key) if isinstance(blocks.get(key), dict) else {} for key in ("model", "data"))
+    if data.get("format") == "text" or model.get("init") == "from_config":
+        return "cpt"
+    return "lora" if blocks.get("adapter") is not None else "sft"
 
 
 def run_frozen(recipe_path: str, *, resume: str, dry_run: bool, debug: bool = False) -> Reply:
