@@ -16,7 +16,6 @@ import torch
 
 from llmkit.errors import DataError, UsageError
 from llmkit.modeling.load import open_model, plain_attention
-from llmkit.modeling.locate import BaseInfo
 from llmkit.modeling.locate import BaseInfo, weights_folder
 from llmkit.modeling.tokenizer import open_tokenizer, stop_ids
 
