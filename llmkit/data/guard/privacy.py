@@ -12,6 +12,7 @@ What is found, what is not and why: docs/privacy.md. How well: benchmarks/guard.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, get_args
@@ -198,6 +199,8 @@ class PrivacyFilter:
             found = [(first, match) for first, last in windows[hint] for match in find(view.text[first:last])]
             for first, match in sorted(found, key=lambda pair: pair[1].start - pair[1].end):
                 start, end = view.span(first + match.start, first + match.end)
-                if all(end <= other.start or start >= other.end for other, _ in taken):
-                    taken.append((Finding(kind, start, end), match.canonical))
-        return sorted(taken, key=lambda found: found[0].start)
+                place = bisect_left(taken, start, key=lambda found: found[0].start)
+                behind_ok = place == len(taken) or end <= taken[place][0].start
+                if behind_ok and (place == 0 or taken[place - 1][0].end <= start):
+                    taken.insert(place, (Finding(kind, start, end), match.canonical))
+        return taken

@@ -10,12 +10,12 @@ from llmkit.data.guard.detectors.base import Match
 
 # What stands before or after must not make it part of a longer number, word or decimal.
 _CANDIDATE = re.compile(
-    r"(?<![0-9A-Za-z_])(?<![0-9][.,/])(?<![0-9]-)"
+    r"(?<![0-9A-Za-z_])(?<![0-9][.\-])"
     r"(?:[0-9]{12,19}"
     r"|[0-9]{4}(?P<by>[ \-])[0-9]{4}(?P=by)[0-9]{4}(?P=by)[0-9]{1,4}(?P<tail>(?P=by)[0-9]{1,3})?"  # 4-4-4-4(-3), 4-4-4-1
     r"|[0-9]{4}(?P<by2>[ \-])[0-9]{6}(?P=by2)[0-9]{4,5}"  # American Express, Diners
     r"|[0-9]{6}[ \-](?:[0-9]{13}|[0-9]{10}))"  # UnionPay
-    r"(?![0-9A-Za-z_]|[.,/\-][0-9])"
+    r"(?![0-9A-Za-z_]|[.\-][0-9])"
 )
 # (first prefix, last prefix, lengths), the ranges that the networks publish.
 _ISSUERS: tuple[tuple[int, int, tuple[int, ...]], ...] = (

@@ -10,7 +10,7 @@ from llmkit.data.guard.detectors import labels
 from llmkit.data.guard.detectors.base import Match
 
 _V4 = re.compile(
-    r"(?<![0-9A-Za-z_])(?<![0-9A-Za-z][.\-/+~=])(?<![<>=~^]=)[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![0-9A-Za-z_]|[.\-+][0-9A-Za-z])"
+    r"(?<![0-9A-Za-z_])(?<![0-9][.\-+~])(?<![A-Za-z][.\-/+~])(?<![<>=~^]=)[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![0-9A-Za-z_]|[.\-+][0-9A-Za-z])"
 )
 _V6 = re.compile(
     r"(?<![0-9A-Za-z:.])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f:]{1,33}[0-9A-Fa-f]|:)(?![0-9A-Za-z]|:[0-9A-Fa-f])"
@@ -28,7 +28,10 @@ _RESOLVERS = frozenset(
     " 168.95.1.1 168.95.192.1 2001:4860:4860::8888 2001:4860:4860::8844 2606:4700:4700::1111 2606:4700:4700::1001".split()
 )
 # Numbers on both sides, with points in one of them at least: the outline of a picture.
-_NUMBER_BEFORE, _NUMBER_AFTER = re.compile(r"[0-9]\.?[0-9]* $"), re.compile(r" [0-9.\-]+[ z.]")
+_NUMBER_BEFORE, _NUMBER_AFTER = (
+    re.compile(r"[ \-a-z][0-9]*\.?[0-9]+ $"),
+    re.compile(r" -?\.?[0-9]+(?:\.[0-9]+){0,2}[ \-a-z]"),
+)
 _SMALL = 32  # all four numbers below: a version or a section unless a label says address (one public address in 4,000)
 
 

@@ -14,8 +14,8 @@ from datetime import date
 from llmkit.data.guard.detectors import labels
 from llmkit.data.guard.detectors.base import Match
 
-_LEFT = r"(?<![0-9A-Za-z_])(?<![0-9][.,/\-])"
-_RIGHT = r"(?![0-9A-Za-z_]|[.,/\-][0-9A-Za-z])"
+_LEFT = r"(?<![0-9A-Za-z_])(?<![0-9][.\-])"
+_RIGHT = r"(?![0-9A-Za-z_]|[.\-][0-9]|-[A-Za-z])"
 
 
 def _day(year: int, month: int, day: int) -> date | None:

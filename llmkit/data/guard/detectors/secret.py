@@ -60,7 +60,7 @@ _FORMATS = (
 _KNOWN = re.compile(rf"(?<![A-Za-z0-9_])(?:{'|'.join(_FORMATS)})(?![A-Za-z0-9_])")
 _KEY_BLOCK = re.compile(
     r"-----BEGIN (?P<what>[A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?)-----"
-    r"[A-Za-z0-9+/=\s\\:,.\"'\-]{0,20000}?(?:(?<=[A-Za-z0-9+/=\s\\\"']{32})-----END (?P=what)-----|(?<=[A-Za-z0-9+/=\s\\]{32})\Z)"
+    r"(?:[A-Za-z0-9+/=\s\\:,.\"']|-(?!----)){32,20000}?(?:-----END (?P=what)-----|(?<=[A-Za-z0-9+/=\s\\]{32})\Z)"
 )
 _USERINFO = re.compile(
     r"[A-Za-z][A-Za-z0-9+.\-]{1,20}://[^\s/@:\"'<>]{0,80}:(?P<password>[^\s/@\"'<>]{3,120})@"
