@@ -42,6 +42,8 @@ class Family:
     other_stop: str = "<|fim_pad|>"
     extra_stops: tuple[str, ...] = ()
     answer: str = "message.content"
+    rstrip: bool = False
+    """Control tokens swallow the blanks after them."""
     typed: tuple[str, ...] = ()
     """Control strings that are made non-special added tokens where special tokens typed by users are to be parsed."""
 
@@ -179,6 +181,16 @@ DEEPSEEK = (
     "{% if add_generation_prompt %}{{ '@open@' }}{% endif %}"
 )
 
+GPT_OSS = (
+    "{{ '<|start|>system<|message|>You are a large model that was trained to chat.\\nReasoning: medium<|end|>' }}"
+    "{% for message in messages %}{% if message.role == 'system' %}@system@"
+    "{{ '<|start|>developer<|message|># Instructions\\n\\n' + message.content + '<|end|>' }}@/system@"
+    "{% elif message.role == 'assistant' %}{{ '<|start|>' }}@early@{{ 'assistant' }}@mark@{{ '<|channel|>final<|message|>' + @answer@ }}"
+    "{% if loop.last and not add_generation_prompt %}{{ '@stop@' }}{% else %}{{ '<|end|>' }}{% endif %}@unmark@"
+    "{% else %}{{ '<|start|>user<|message|>' + message.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '@open@' }}{% endif %}"
+)
+
 _IM = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _SP = ("<s>", "</s>")
 _LLAMA = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -210,7 +222,7 @@ FAMILIES: tuple[Family, ...] = (
            tools=True, other_stop="<unk>", typed=("[INST]",)),
     Family("gemma-3", GEMMA, "<end_of_turn>", "<start_of_turn>model\\n", bos="<bos>",
            controls=("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), other_stop="<eos>", typed=("<start_of_turn>",)),
-    Family("phi-3.5", PHI3, "<|end|>", "<|assistant|>\\n", supervise="last", other_stop="<|system|>",
+    Family("phi-3.5", PHI3, "<|end|>", "<|assistant|>\\n", supervise="last", rstrip=True, other_stop="<|system|>",
            extra_stops=("<|endoftext|>",),
            controls=("<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"), typed=("<|user|>",)),
     Family("phi-4", PHI4, "<|im_end|>", "<|im_start|>assistant<|im_sep|>", controls=(*_IM, "<|im_sep|>"),
@@ -224,6 +236,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("deepseek-v3", DEEPSEEK, "<｜end▁of▁sentence｜>", "<｜Assistant｜>", bos="<｜begin▁of▁sentence｜>",
            controls=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
            tokenizer="deepseek", adds_bos=False, other_stop="<｜User｜>", typed=("<｜User｜>",)),
+    Family("gpt-oss", GPT_OSS, "<|return|>", "<|start|>assistant", supervise="last", other_stop="<|endoftext|>",
+           controls=("<|endoftext|>", "<|return|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>"),
+           typed=("<|start|>",)),
 )  # fmt: skip
 
 
@@ -471,8 +486,12 @@ class Tokenizers:
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(source), **names)
         else:
             tokenizer = AutoTokenizer.from_pretrained(str(source), eos_token=made.eos, add_bos_token=family.adds_bos)
-        specials = [token for token in family.controls if token not in plain]
-        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in specials], special_tokens=True)
+        made_special = [
+            AddedToken(token, special=True, normalized=False, rstrip=family.rstrip)
+            for token in family.controls
+            if token not in plain
+        ]
+        tokenizer.add_tokens(made_special, special_tokens=True)
         tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in (*family.plain_added, *plain)])
         if source.suffix == ".json":
             self._adds_bos(tokenizer, family)

@@ -19,7 +19,7 @@ from llmkit.prompting.views import Bench, View, segments, thinking_of, visible
 from llmkit.prompting.vllm_inputs import message_form, tool_form
 
 _TAG = re.compile(r"<\|?/?(?:think|thinking|reasoning|thought)\|?>|\[/?THINK\]|◁/?think▷", re.IGNORECASE)
-_WRAPPER = re.compile(r"<think(?:ing)?>\s*(?:</think(?:ing)?>\s*)?|\[THINK\]\s*(?:\[/THINK\]\s*)?", re.IGNORECASE)
+_CHANNEL = re.compile(r"<\|channel\|>\w+<\|message\|>")
 _THOUGHT_OR_TOOL = re.compile(r"think|tool|reason|thought|function|call", re.IGNORECASE)
 
 
@@ -165,7 +165,13 @@ def _check_answer(view: View, turn: Turn, bench: Bench) -> Iterator[Found]:
 
 
 def _check_lead(turn: Turn, lead: str, message: Message) -> Iterator[Found]:
-    thought = thinking_of(message)
+    thought, said = thinking_of(message), message["content"] or ""
+    own_blanks = said[: len(said) - len(said.lstrip())]
+    lead = lead.removesuffix(own_blanks)
+    if channel := _CHANNEL.search(lead):
+        what = "answers are written into channels, whose names the model writes itself"
+        yield Found("thinking", "info", what, lead[:80])
+        lead = lead[: channel.start()]
     bare = _TAG.sub("", lead.replace(thought, "", 1) if thought else lead)
     if bare.strip():
         yield Found(
@@ -475,7 +481,8 @@ def typed_specials(messages: list[Message], tools: list[dict[str, Any]] | None, 
 
 
 def _others(view: View, bench: Bench, messages: list[Message]) -> Iterator[tuple[str, str, list[int] | str]]:
-    text = bench.renderer.chat_template
+    # None lets transformers choose among a tokenizer's several templates, as a server does
+    text = bench.renderer.chat_template if bench.subject.chat_template else None
     try:
         made = bench.tokenizer.apply_chat_template(
             messages, tools=view.tools, chat_template=text, add_generation_prompt=True, tokenize=True, return_dict=True

@@ -196,7 +196,7 @@ def _check_length(view: View, bench: Bench, max_length: int | None) -> Iterator[
     own = int(own) if own is not None and own < _HUGE else None
     if max_length is not None and longest > max_length:
         cut = longest - max_length
-        what = f"longer than max_length {max_length}: the end of the answer would be cut"
+        what = f"longer than max_length {max_length}" + (": the end of the answer would be cut" if view.known else "")
         yield Found("max-length", "error", what, f"{longest} tokens, {cut} too many")
     elif own is not None and longest > own:
         what = f"longer than the tokenizer's model_max_length {own}: whoever truncates by it cuts the answer"

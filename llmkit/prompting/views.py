@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmkit.data.encoder import PieceEncoder
+from llmkit.data.formats import ROLES
 from llmkit.data.render import IGNORED, Renderer
 from llmkit.data.rows import BadRow, Conversation, Encoded, Message, PromptCompletion, Sample
 from llmkit.data.templates import ChatTemplate
@@ -157,9 +158,7 @@ def _view(template: PromptTemplate | None, bench: Bench, case: Case, examples: S
 def _contents(template: PromptTemplate | None, case: Case, examples: Sequence[Mapping[str, Any]]) -> tuple[View, int]:
     """Messages or text of a case, with its answer; and the first message that may be learned."""
     if template is None:
-        messages = [dict(message) for message in case.messages or []]
-        if not messages:
-            raise DataError("the case has no messages, and there is no template to make them from its values")
+        messages = _checked(case.messages)
         if messages[-1]["role"] == "assistant":
             return View(case, messages, case.tools, known=True, answer=messages[-1]["content"]), 0
         known = case.answer is not None
@@ -173,6 +172,21 @@ def _contents(template: PromptTemplate | None, case: Case, examples: Sequence[Ma
         return view, 0
     view.messages = [*prompt, {"role": "assistant", "content": answer or PLACEHOLDER}]
     return view, len(prompt)
+
+
+def _checked(messages: Sequence[Mapping[str, Any]] | None) -> list[Message]:
+    """Messages of a case, in the form that the readers of data give them. Raises DataError for others."""
+    if not messages:
+        raise DataError("the case has no messages, and there is no template to make them from its values")
+    made = []
+    for number, message in enumerate(messages, 1):
+        content = message.get("content")
+        if message.get("role") not in ROLES:
+            raise DataError(f"message {number} has the role {message.get('role')!r}; known: {', '.join(ROLES)}")
+        if content is not None and not isinstance(content, str):
+            raise DataError(f"the content of message {number} is {type(content).__name__}; only text is checked")
+        made.append(dict(message) | {"content": content or ""})
+    return made
 
 
 def _complete_text(view: View, bench: Bench) -> View:
