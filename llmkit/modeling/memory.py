@@ -325,9 +325,9 @@ def _inputs(setup: Setup, learning: dict[str, list[Tensor]]) -> float:
 
 
 def _own_adapters(setup: Setup) -> bool:
-    """training/lora_layer.py serves plain LoRA on unquantized layers, without mixed precision."""
+    """training/lora_layer.py serves plain LoRA, over quantized layers too, without mixed precision."""
     adapter = setup.adapter
-    return adapter is not None and not adapter.use_dora and setup.quantization is None and not setup.mixed
+    return adapter is not None and not adapter.use_dora and not setup.mixed
 
 
 def _attention(setup: Setup) -> float:

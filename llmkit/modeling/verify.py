@@ -13,6 +13,7 @@ if __name__ == "__main__":
     sys.modules["sklearn"] = sys.modules["scipy"] = None  # type: ignore[assignment]
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def inspect_folder(folder: Path, probe: Probe) -> tuple[list[str], dict[str, Any
 def _open(folder: Path, device: str) -> Any:
     if (folder / "adapter_config.json").is_file():
         # peft is imported for adapters only: it costs as much as a small model takes to check.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it misses an unused kernel
         from llmkit.modeling.adapters import load_adapter
 
         return load_adapter(folder, dtype="trained", check_base=False, device=_quantized_on(folder, device))[0]
