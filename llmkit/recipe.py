@@ -185,10 +185,6 @@ class Recipe(Settings):
             yield Conflict("output_dir", "is empty", "remove the line to take `runs/<name>`")
         if not 0 <= self.seed < 2**32:
             yield Conflict("seed", "expected a whole number from 0 to 4294967295")
-
-    def input_digests(self) -> Mapping[str, str]:
-        """Digests of what a run reads beside ``data``, by name: by them a run knows that its inputs changed."""
-        return {}
         if self.launch.processes not in ("auto", 1) and not self.several_processes:
             yield Conflict("launch.processes", "this stage runs as one process", "remove it, or set it to 1")
 
@@ -201,10 +197,6 @@ class Recipe(Settings):
         if not self.folder_suffix:
             return self
         return self.model_copy(update={"output_dir": self.output_dir.rstrip("/") + self.folder_suffix})
-
-    def input_digests(self) -> Mapping[str, str]:
-        """Digests of what a run reads beside ``data``, by name: by them a run knows that its inputs changed."""
-        return {}
 
 
 def _wrong_name(name: str) -> str:
