@@ -160,4 +160,4 @@ class GuardSettings(Settings):
             yield Conflict("quality.languages", "a stream cannot tell which languages are the data's", hint)
 
 
-_STREAM_HINT = "set `{}`; `llmkit check-data` looks at all rows without training"
+_STREAM_HINT = "set `{}`; `llmkit check-data RECIPE data.streaming=false` looks at all rows without training"
