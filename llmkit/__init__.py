@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmkit.api import check_data as check_data
     from llmkit.api import cpt as cpt
     from llmkit.api import lora as lora
     from llmkit.api import prompt_test as prompt_test

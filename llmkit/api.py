@@ -48,6 +48,9 @@ def run(
     ``{"train.max_steps": 20}`` or ``["train.max_steps=20"]``. Raises the classes of ``llmkit.errors``.
     """
     resolved = resolve(stage, recipe, overrides, output_dir=output_dir)
+    named = [str(change).split("=")[0] for change in overrides or ()]
+    if output_dir is None and "output_dir" not in named and not isinstance(recipe, Recipe):
+        resolved = resolved.in_own_folder()
     folder = Path(resolved.output_dir).expanduser().absolute()
     argv = ("llmkit", "run", str(folder / rundir.RECIPE))
     job = Job(argv, output_dir=folder, cwd=Path.cwd(), resources=local.resources(resolved))
@@ -102,6 +105,7 @@ sft: Stage
 lora: Stage
 cpt: Stage
 prompt_test: Stage
+check_data: Stage
 
 
 def __getattr__(name: str) -> Stage:

@@ -13,6 +13,7 @@ STAGES: dict[str, str] = {
     "lora": "llmkit.stages.lora",
     "cpt": "llmkit.stages.cpt",
     "prompt-test": "llmkit.stages.prompt_test",
+    "check-data": "llmkit.stages.check_data",
 }
 
 
