@@ -28,7 +28,7 @@ from llmkit.reply import Reply
 from llmkit.stages import STAGES
 
 EPILOG = (
-    "Exit codes: 0 done, 1 a bug in llmkit, 2 usage or recipe, 3 data, 4 a gate not met, 5 will not fit, "
+    "Exit codes: 0 done, 1 a bug in llmkit or a process that was killed, 2 usage or recipe, 3 data, 4 a gate not met, 5 will not fit, "
     "6 something needed is missing, 138 stopped early with a checkpoint (run the same command again)."
 )
 STAGE_PANEL = "Stages"
@@ -98,7 +98,7 @@ def build_app() -> typer.Typer:
     for stage in STAGES:
         short, long = stage_help(stage)
         app.command(stage, help=long, short_help=short, rich_help_panel=STAGE_PANEL)(_stage_command(stage))
-    for command in (plan, run, init, doctor, export_schema, chat, merge, sync):
+    for command in (plan, run, init, doctor, export_schema, chat, merge, export_weights, sync):
         app.command(command.__name__.replace("_", "-"))(command)
     return app
 
@@ -138,9 +138,15 @@ def _stage_command(stage: str) -> Callable[..., Action]:
             if value is not None:
                 return lambda: commands.instead(stage, recipe, changes, option, value)
         return lambda: commands.stage(
-            stage, recipe, changes, launcher=launcher, output_dir=output_dir, resume=resume, dry_run=dry_run,
+            stage,
+            recipe,
+            changes,
+            launcher=launcher,
+            output_dir=output_dir,
+            resume=resume,
+            dry_run=dry_run,
             debug=debug,
-        )  # fmt: skip
+        )
 
     return _with_options(command, INSTEAD.get(stage, {}))
 
@@ -319,6 +325,35 @@ def merge(
     from llmkit import commands
 
     return lambda: commands.merge(run, output)
+
+
+def export_weights(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint, RUN/checkpoints/checkpoint-N.",
+                            show_default=False)
+    ],
+    output: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the result; RUN/model-N or RUN/adapter-N when left out.",
+                                 show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="float32|bfloat16|float16", help="Type of the weights; that of the recipe when "
+                                 "left out.", show_default=False)
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> Action:  # fmt: skip
+    """Make a model or an adapter of a checkpoint that DeepSpeed or FSDP divided.
+
+    The result is opened again and compared before it gets its name.
+
+    Example:
+
+      llmkit export-weights runs/mine/checkpoints/checkpoint-500
+    """
+    from llmkit import commands
+
+    return lambda: commands.export_weights(checkpoint, output, dtype)
 
 
 def sync(run: RunArg, json: JsonOption = False, debug: DebugOption = False) -> Action:

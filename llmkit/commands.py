@@ -43,16 +43,9 @@ def stage(
                 "e.g. train.max_steps=20."
             )
     recipe: Recipe = load_recipe(recipe_path, stages.load(name).Recipe, changes)
+    if not any(change.startswith("output_dir=") for change in changes):
+        recipe = recipe.in_own_folder()
     return _start(name, recipe, launcher=launcher, resume=resume, dry_run=dry_run, debug=debug)
-
-
-def instead(name: str, recipe_path: str, overrides: Sequence[str], option: str, value: Any) -> Reply:
-    """An option of one stage that does something else with the recipe than to run it (``cli.INSTEAD``)."""
-    module = stages.load(name)
-    recipe: Recipe = load_recipe(recipe_path, module.Recipe, overrides)
-    quiet_libraries()
-    text: str = getattr(module, option)(recipe, value)
-    return Reply(text, {option: text})
 
 
 def plan(
@@ -87,6 +80,15 @@ def _stage_of(path: Path) -> str:
     if data.get("format") == "text" or model.get("init") == "from_config":
         return "cpt"
     return "lora" if blocks.get("adapter") is not None else "sft"
+
+
+def instead(name: str, recipe_path: str, overrides: Sequence[str], option: str, value: Any) -> Reply:
+    """An option of one stage that does something else with the recipe than to run it (``cli.INSTEAD``)."""
+    module = stages.load(name)
+    recipe: Recipe = load_recipe(recipe_path, module.Recipe, overrides)
+    quiet_libraries()
+    text: str = getattr(module, option)(recipe, value)
+    return Reply(text, {option: text})
 
 
 def run_frozen(recipe_path: str, *, resume: str, dry_run: bool, debug: bool = False) -> Reply:
@@ -205,6 +207,16 @@ def merge(run: str, output: str | None) -> Reply:
     from llmkit.modeling.adapters import merge_run
 
     return _report(merge_run(_run_folder(run), Path(output) if output is not None else None))
+
+
+def export_weights(checkpoint: str, output: str | None, dtype: str | None) -> Reply:
+    """``llmkit export-weights CHECKPOINT``."""
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UsageError(f"--dtype: there is no {dtype!r} here. Known: float32, bfloat16, float16.")
+    quiet_libraries()
+    from llmkit.training.weights import export_weights as export
+
+    return _report(export(checkpoint, output, dtype=dtype))  # type: ignore[arg-type]  # checked above
 
 
 def sync(run: str) -> Reply:

@@ -78,7 +78,7 @@ def load_config(settings: ModelSettings) -> PreTrainedConfig:
         quantized.check_installed()
     folder = find_folder(settings.name_or_path, settings.revision, weights=False)
     check_folder(folder, weights=False)
-    if settings.init == "pretrained" and settings.config_overrides:
+    if settings.init != "from_config" and settings.config_overrides:
         raise UsageError(
             "model.config_overrides changes the architecture, which pretrained weights would not fit: "
             "it is for model.init: from_config"
@@ -118,6 +118,11 @@ def load_model(settings: ModelSettings, *, tokenizer: PreTrainedTokenizerBase, s
                 quantization=settings.quantized,
             )
             _grow_embedding(model, len(tokenizer))
+    return for_training(model, tokenizer)
+
+
+def for_training(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """``model`` with the padding of ``tokenizer``, and no row of its embedding left out of the training."""
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -152,7 +157,7 @@ def open_model(
         kwargs |= quantized.loading_arguments(quantization, where)
     with quiet():
         try:
-            model, info = _auto_class(config).from_pretrained(str(path), **kwargs)
+            model, info = auto_class(config).from_pretrained(str(path), **kwargs)
         except ImportError as error:
             raise MissingError(f"{path} cannot be loaded with attn_implementation {attn}: {_first(error)}") from error
         except RuntimeError as error:
@@ -217,8 +222,8 @@ def _open_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     return config
 
 
-def _auto_class(config: PreTrainedConfig) -> Any:
-    """Probed, not guessed from names: is there such a model class for this configuration?"""
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class that makes models of ``config``. Probed, not guessed from names; UsageError where there is none."""
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     remote = getattr(config, "auto_map", None) or {}
     if type(config) not in auto._model_mapping and auto.__name__ not in remote:
@@ -284,7 +289,7 @@ def _from_config(
         kwargs["attn_implementation"] = settings.attn_implementation
     with quiet():
         try:
-            model: PreTrainedModel = _auto_class(config).from_config(config, **kwargs)
+            model: PreTrainedModel = auto_class(config).from_config(config, **kwargs)
         except ImportError as error:
             raise MissingError(f"model.attn_implementation {settings.attn_implementation}: {_first(error)}") from error
         except (ValueError, RuntimeError, ZeroDivisionError) as error:

@@ -47,8 +47,8 @@ class ModelSettings(Settings):
     """Branch, tag or commit of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights in training; ``auto`` keeps the type they were saved in."""
-    init: Literal["pretrained", "from_config"] = "pretrained"
-    """``from_config`` starts from random weights, to pre-train a model of one's own."""
+    init: Literal["pretrained", "sharded", "from_config"] = "pretrained"
+    """``sharded`` gives each process only its share of the weights from the start (with DeepSpeed ZeRO-3); ``from_config`` starts from random weights, to pre-train a model of one's own."""
     config_overrides: dict[str, Any] = Field(default_factory=dict)
     """Keys of ``config.json`` to change, e.g. ``{num_hidden_layers: 6}``; with ``init: from_config`` only."""
     tokenizer: str | TokenizerTrainingSettings | None = None
@@ -72,9 +72,11 @@ class ModelSettings(Settings):
                 message = "random weights are trained themselves, and quantized ones cannot be"
                 yield Conflict("quantization", message, "remove it, or start from pretrained weights", ("init",))
             return
-        hint = "with `init: pretrained` the weights decide; set `init: from_config` to begin from random weights"
+        hint = f"with `init: {self.init}` the weights decide; set `init: from_config` to begin from random weights"
         if self.config_overrides:
             yield Conflict("config_overrides", "needs `init: from_config`", hint, ("init",))
+        if self.init == "sharded" and self.quantization is not None:
+            yield Conflict("quantization", "weights are quantized whole", "use `init: pretrained`", ("init",))
         if isinstance(self.tokenizer, TokenizerTrainingSettings):
             yield Conflict("tokenizer", "training a tokenizer needs `init: from_config`", hint, ("init",))
 

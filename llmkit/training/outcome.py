@@ -14,17 +14,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.context import RunContext
+from llmkit.data.guard.examine import FILES as GUARD_FILES
+from llmkit.data.guard.findings import metrics as guard_metrics
 from llmkit.data.prepare import HISTOGRAM, REPORT
 from llmkit.data.render import Renderer
-from llmkit.data.report import write_json
-from llmkit.data.sources import Source, digest, eval_sources, train_sources
+from llmkit.data.report import added, together, write_json
+from llmkit.data.sources import Source, digest, eval_sources, test_sources, train_sources
 from llmkit.data.store import TokenStore
 from llmkit.data.stream import TokenStream
 from llmkit.errors import StoppedEarly
 from llmkit.inference.generate import Generator
 from llmkit.modeling.export import save_adapter, save_model, verify
 from llmkit.modeling.load import count_parameters, load_config
-from llmkit.modeling.locate import describe_base, find_folder, model_digest
+from llmkit.modeling.locate import BaseInfo, describe_base, find_folder, model_digest
 from llmkit.modeling.probe import dtype_name, take_probe
 from llmkit.training.plots import loss_curves
 from llmkit.training.settings import TrainingRecipe
@@ -70,12 +72,13 @@ def _question(ids: Any, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def answers(
-    ctx: RunContext, model: Any, tokenizer: PreTrainedTokenizerBase, renderer: Renderer, prompts: Prompts
-) -> list[str]:
-    """The model's own, most likely answers; on the main rank only."""
-    if not ctx.is_main or not prompts.ids:
+    ctx: RunContext, model: Any, tokenizer: PreTrainedTokenizerBase, renderer: Renderer, prompts: Prompts,
+    *, divided: bool = False,
+) -> list[str]:  # fmt: skip
+    """The model's own, most likely answers; on the main rank only, or on all together where its weights are divided."""
+    if not prompts.ids or not (ctx.is_main or divided):
         return [""] * len(prompts.ids)
-    generator = Generator(model, tokenizer, renderer)
+    generator = Generator(model, tokenizer, renderer, divided=divided)
     found = []
     with ctx.progress.task("answering samples", len(prompts.ids), "prompts") as task:
         for ids in prompts.ids:
@@ -96,12 +99,13 @@ class Before:
 
     @classmethod
     def of(
-        cls, ctx: RunContext, model: Any, tokenizer: PreTrainedTokenizerBase, renderer: Renderer, prompts: Prompts
-    ) -> Before:
+        cls, ctx: RunContext, model: Any, tokenizer: PreTrainedTokenizerBase, renderer: Renderer, prompts: Prompts,
+        *, divided: bool = False,
+    ) -> Before:  # fmt: skip
         path = ctx.output_dir / BEFORE
         if path.exists():
             return cls(path, **json.loads(path.read_text(encoding="utf-8")))
-        return cls(path, answers(ctx, model, tokenizer, renderer, prompts))
+        return cls(path, answers(ctx, model, tokenizer, renderer, prompts, divided=divided))
 
     def held_out(self, trainer: LlmkitTrainer) -> dict[str, float]:
         """The held-out loss of the untrained model; the first start of a run measures and keeps it."""
@@ -125,14 +129,17 @@ def describe_inputs(recipe: TrainingRecipe, ctx: RunContext, model: Any, report:
     tags = {"device": device, "processes": str(ctx.world_size), "model.dtype": dtype_name(model)}
     if recipe.model.quantized is not None:
         tags["model.quantization"] = recipe.model.quantized.type
-    if recipe.model.init == "pretrained":
+    if recipe.model.init != "from_config":
         tags["model.digest"] = model_digest(find_folder(recipe.model.name_or_path, recipe.model.revision))
     ctx.tracker.tags(tags | {"model.parameters": str(count.all), "model.trainable": str(count.trainable)})
     held_out = _files(eval_sources(recipe.data)) - _files(train_sources(recipe.data))
+    tests = _files(test_sources(recipe.data)) - _files(train_sources(recipe.data)) - held_out
     for name, fingerprint in report.get("digests", {}).items():
-        context = "eval" if name in held_out else "train"
+        context = "eval" if name in held_out else "test" if name in tests else "train"
         ctx.tracker.dataset(Path(name).name, fingerprint, name, context, report.get(context) or {})
-    for file in (REPORT, HISTOGRAM):
+    if report.get("guard"):
+        ctx.tracker.metrics(guard_metrics(report["guard"]), 0)
+    for file in (REPORT, HISTOGRAM, *GUARD_FILES):
         if (ctx.output_dir / file).exists():
             ctx.tracker.artifact(ctx.output_dir / file)
 
@@ -149,18 +156,30 @@ def stream_inputs(recipe: TrainingRecipe, ctx: RunContext, held_out: TokenStore 
 
 
 def report_stream(recipe: TrainingRecipe, ctx: RunContext, report: dict[str, Any], stream: TokenStream) -> None:
-    """Say, write and record what became of the rows that this rank read since this start, each as often as it came up."""
-    if not ctx.is_main or not any(source.rows_read for source in stream.reports):
+    """Say, write and record what became of the rows that all ranks read since this start, each as often as it came up."""
+    parts = _of_all_ranks(ctx, (stream.reports, stream.guarded()))
+    read = together([reports for reports, _ in parts])
+    if not ctx.is_main or not any(source.rows_read for source in read):
         return  # a run that had only its export left keeps the report of its training
-    sources = [source.to_dict(recipe.data.on_too_long) for source in stream.reports]
+    sources = [source.to_dict(recipe.data.on_too_long) for source in read]
     for source in sources:
         if source["rows_dropped"] or source["rows_truncated"]:
             ctx.progress.note(
                 f"{source['key']}: of {source['rows_read']:,} rows read, {source['rows_dropped']:,} were left out and"
                 f" {source['rows_truncated']:,} cut; {REPORT} lists them"
             )
-    write_json(ctx.output_dir / REPORT, report | {"sources": sources + report["sources"]})
+    guarded = {"guard": found} if (found := added([found for _, found in parts])) else {}
+    write_json(ctx.output_dir / REPORT, report | {"sources": sources + report["sources"]} | guarded)
     ctx.tracker.artifact(ctx.output_dir / REPORT)
+
+
+def _of_all_ranks(ctx: RunContext, own: Any) -> list[Any]:
+    """``own`` of every rank, in their order."""
+    if ctx.world_size == 1:
+        return [own]
+    found: list[Any] = [None] * ctx.world_size
+    torch.distributed.all_gather_object(found, own)
+    return found
 
 
 def _files(sources: Sequence[Source]) -> set[str]:
@@ -189,10 +208,7 @@ def export(
         probe = take_probe(model, tokenizer)
         kept: dict[str, Any] = {"stop_ids": renderer.stop_ids, "chat_template": renderer.chat_template}
         if adapter:
-            rows = int(load_config(recipe.model).get_text_config().vocab_size)
-            save_adapter(
-                model, tokenizer, folder, describe_base(recipe.model, rows=rows, dtype=dtype_name(model)), **kept
-            )
+            save_adapter(model, tokenizer, folder, base_of(recipe, model), **kept)
         else:
             save_model(model, tokenizer, folder, **kept)
         verify(folder, probe)
@@ -204,6 +220,12 @@ def export(
     if ctx.world_size > 1:
         torch.distributed.barrier()
     return final
+
+
+def base_of(recipe: TrainingRecipe, model: Any) -> BaseInfo:
+    """What an adapter has to say of the model that it belongs to."""
+    rows = int(load_config(recipe.model).get_text_config().vocab_size)
+    return describe_base(recipe.model, rows=rows, dtype=dtype_name(model))
 
 
 def show_curves(recipe: TrainingRecipe, ctx: RunContext, trainer: LlmkitTrainer) -> dict[str, str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from llmkit.data.stream import TokenStream
 from llmkit.errors import StoppedEarly, UsageError
 from llmkit.modeling.adapters import attach
 from llmkit.modeling.flops import flops_per_token, peak_flops
-from llmkit.modeling.load import count_parameters, is_seq2seq, load_model
+from llmkit.modeling.licences import as_tags, licences, refuse
+from llmkit.modeling.load import count_parameters, is_seq2seq
 from llmkit.modeling.quantized import describe
 from llmkit.modeling.settings import AdapterSettings
 from llmkit.modeling.tokenizer import load_tokenizer, stop_ids
@@ -38,15 +41,18 @@ from llmkit.training.batching import (
     train_loader,
 )  # fmt: skip
 from llmkit.training.corpus import texts
+from llmkit.training.dividing import choose_divided, describe_checkpoint, finish, load_divided, shards_of
+from llmkit.training.fit import choose_batch, fitting
 from llmkit.training.group import open_group
 from llmkit.training.kernels import lean_layers
 from llmkit.training.lora_layer import lean_adapters
-from llmkit.training.meter import Meter, peak_memory
+from llmkit.training.meter import Meter
 from llmkit.training.noise import noisy_embeddings
 from llmkit.training.objective import choose
 from llmkit.training.outcome import (
     Before,
     answers,
+    base_of,
     describe_inputs,
     export,
     report_stream,
@@ -54,11 +60,11 @@ from llmkit.training.outcome import (
     show_curves,
     stream_inputs,
 )  # fmt: skip
+from llmkit.training.remember import Needs
 from llmkit.training.settings import TrainingRecipe
+from llmkit.training.shapes import CPU_PART_TOKENS
+from llmkit.training.sharding import Shards, rank_variables
 from llmkit.training.trainer import LlmkitTrainer, Watch, clear_leftovers
-
-CPU_PART_TOKENS = 2048
-"""Tokens that go through the model at once on a CPU: more take more memory and save no time."""
 
 
 @dataclass
@@ -77,38 +83,50 @@ def train(recipe: TrainingRecipe, ctx: RunContext, *, stage: str, adapter: Adapt
     Raises StoppedEarly after a checkpoint when a signal or the time limit came; the classes of llmkit.errors for data,
     models and settings that cannot be trained with.
     """
+    needs = Needs.of(recipe, ctx, stage)
     keep_freed_memory()
+    _inspect_licences(recipe, ctx)
     seq2seq = is_seq2seq(recipe.model)
     tokenizer = load_tokenizer(recipe.model, lambda: texts(recipe.data))
     renderer = _renderer(recipe, tokenizer, seq2seq)
     data = _read(recipe, renderer, ctx)  # before any process group is opened: ranks wait on a file lock, not a timeout
     open_group(ctx, recipe.launch.timeout_minutes)
-    model: Any = load_model(recipe.model, tokenizer=tokenizer, seed=recipe.seed)
+    shards = shards_of(recipe, ctx, tokenizer)
+    model: Any = load_divided(recipe, shards, tokenizer)
     if recipe.model.quantized is not None:
         ctx.progress.note(describe(model, recipe.model.quantized))
     if adapter is not None:
         model = attach(model, adapter, seed=recipe.seed)
-    trainer, watch = _trainer(recipe, ctx, model, tokenizer, data, seq2seq)
+    base = base_of(recipe, model) if adapter is not None and shards is not None else None
+    kept: dict[str, Any] = {"stop_ids": renderer.stop_ids, "chat_template": renderer.chat_template}
+    describe_files = partial(describe_checkpoint, model, tokenizer, base=base, **kept)
+    trainer, watch = _trainer(recipe, ctx, model, tokenizer, data, seq2seq, shards, describe_files)
     describe_inputs(recipe, ctx, model, data.report)
 
     prompts = sample_prompts(data.eval or data.train, tokenizer, recipe.train.sample_prompts)
-    before = Before.of(ctx, model, tokenizer, renderer, prompts)
-    with ExitStack() as lean:
-        lean.enter_context(trainer.objective.active(_bare(model)))
-        if recipe.train.neftune_noise_alpha:
-            lean.enter_context(noisy_embeddings(_bare(model), recipe.train.neftune_noise_alpha))
-        if not recipe.train.torch_compile:
-            lean.enter_context(lean_layers(model))
-            lean.enter_context(lean_adapters(model))
-        loss_before = before.held_out(trainer)
-        _go(ctx, trainer)
-        if data.stream is not None:
-            report_stream(recipe, ctx, data.report, data.stream)
-        if watch.stopped:
-            raise StoppedEarly(_stopped(ctx, trainer, watch.stopped))
-        _take_best(recipe, ctx, trainer)
-        loss_after = trainer.held_out_loss()
-    after = answers(ctx, model, tokenizer, renderer, prompts)
+    divided = shards is not None and shards.partitioned
+    with ExitStack() as engine:
+        if shards is not None:  # layers are compared with their lean ones while their weights are whole
+            _lean(engine, recipe, model, shards)
+            engine.enter_context(rank_variables())
+            trainer.open_engine()
+        before = Before.of(ctx, model, tokenizer, renderer, prompts, divided=divided)
+        with ExitStack() as lean:
+            lean.enter_context(trainer.objective.active(_bare(model)))
+            if recipe.train.neftune_noise_alpha:
+                lean.enter_context(noisy_embeddings(_bare(model), recipe.train.neftune_noise_alpha))
+            if shards is None:
+                _lean(lean, recipe, model, None)
+            loss_before = before.held_out(trainer)
+            _go(ctx, trainer)
+            if data.stream is not None:
+                report_stream(recipe, ctx, data.report, data.stream)
+            if watch.stopped:
+                raise StoppedEarly(_stopped(ctx, trainer, watch.stopped))
+            _take_best(recipe, ctx, trainer)
+            loss_after = trainer.held_out_loss()
+        after = answers(ctx, model, tokenizer, renderer, prompts, divided=divided)
+        model = trainer.whole_model()
 
     example = {"prompt": prompts.shown[0]["prompt"], "answer": after[0]} if after else {"prompt": "Hello", "answer": ""}
     saved = export(recipe, ctx, model, tokenizer, renderer, adapter is not None, example)
@@ -116,10 +134,24 @@ def train(recipe: TrainingRecipe, ctx: RunContext, *, stage: str, adapter: Adapt
         stage=stage,
         name=recipe.name,
         output_dir=ctx.output_dir,
-        metrics=_metrics(trainer, loss_before, loss_after),
+        metrics=_metrics(trainer, loss_before, loss_after, needs),
         artifacts={"model" if adapter is None else "adapter": saved.name} | show_curves(recipe, ctx, trainer),
         samples=[{**a, "before": b, "after": c} for a, b, c in zip(prompts.shown, before.answers, after, strict=True)],
     )
+
+
+def _lean(stack: ExitStack, recipe: TrainingRecipe, model: Any, shards: Shards | None) -> None:
+    """Lean layers until the stack is left.
+
+    Without whole weights they cannot be compared; and ZeRO-3 gathers weights when the layer that has them is called,
+    which the parts of an adapted layer are not in its lean form.
+    """
+    if recipe.train.torch_compile:
+        return
+    if recipe.model.init != "sharded":
+        stack.enter_context(lean_layers(model))
+    if shards is None or shards.name != "zero3":
+        stack.enter_context(lean_adapters(model))
 
 
 def _renderer(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase, seq2seq: bool) -> Renderer:
@@ -132,6 +164,14 @@ def _renderer(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase, seq2se
         seq2seq=seq2seq,
         stop_ids=stop_ids(recipe.model, tokenizer),
     )
+
+
+def _inspect_licences(recipe: TrainingRecipe, ctx: RunContext) -> None:
+    """Track the licences of model and data. Raises DataError for what ``data.guard.allow_licenses`` does not have."""
+    found = licences(recipe.model, recipe.data)
+    if ctx.is_main:
+        ctx.tracker.tags(as_tags(found))
+    refuse(found, recipe.data.guard)
 
 
 def _read(recipe: TrainingRecipe, renderer: Renderer, ctx: RunContext) -> Data:
@@ -147,14 +187,20 @@ def _read(recipe: TrainingRecipe, renderer: Renderer, ctx: RunContext) -> Data:
 
 
 def _trainer(
-    recipe: TrainingRecipe, ctx: RunContext, model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, seq2seq: bool
-) -> tuple[LlmkitTrainer, Watch]:
+    recipe: TrainingRecipe, ctx: RunContext, model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, seq2seq: bool,
+    shards: Shards | None, describe: Callable[[Path], None],
+) -> tuple[LlmkitTrainer, Watch]:  # fmt: skip
     train = recipe.train
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    model.to(device)
+    if shards is None or not shards.partitioned:
+        model.to(device)
     # The compiler would make a new graph for every list of row lengths.
     own_attention = recipe.model.attn_implementation == "auto" and not train.torch_compile
-    objective, notes = choose(model, seq2seq=seq2seq, own_attention=own_attention, device=device)
+    asked: dict[str, Any] = {"seq2seq": seq2seq, "own_attention": own_attention, "device": device}
+    if shards is None:
+        objective, notes = choose(model, **asked)
+    else:
+        objective, notes = choose_divided(model, shards, sharded=recipe.model.init == "sharded", **asked)
     for note in notes:
         ctx.progress.note(note)
     if recipe.data.packing and not objective.flat:
@@ -165,14 +211,19 @@ def _trainer(
         flat=objective.flat, part_tokens=_part_tokens(train.micro_batch_tokens, device),
         pad_id=int(tokenizer.pad_token_id or 0), seq2seq=seq2seq,
     )  # fmt: skip
+    kind = fitting(recipe, layout)
+    recipe = choose_batch(recipe, ctx, model, objective, layout, data.train, real_step=shards is None)
+    train = recipe.train
     batches, fingerprint = _train_batches(recipe, ctx, data, layout)
     steps = total_steps(train, None if data.stream else len(batches))
+    if shards is not None:
+        finish(shards, recipe, ctx, steps)
     meter = _meter(ctx, model, data, device)
     watch = Watch(ctx, save_minutes=train.save_minutes, time_limit_minutes=train.time_limit_minutes)
     callbacks: list[TrainerCallback] = [watch]
     if train.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(train.early_stopping_patience, train.early_stopping_threshold))
-    trainer = LlmkitTrainer(
+    trainer = kind(
         model,
         training_arguments(
             train, folder=ctx.output_dir / "checkpoints", seed=recipe.seed, steps=steps, evaluates=data.eval is not None
@@ -187,6 +238,9 @@ def _trainer(
         fingerprint=fingerprint,
         batch=train.per_device_train_batch_size * train.gradient_accumulation_steps * ctx.world_size,
         callbacks=callbacks,
+        filler=layout.filler(),
+        shards=shards,
+        describe=describe if shards is not None else None,
     )
     return trainer, watch
 
@@ -292,7 +346,9 @@ def _take_best(recipe: TrainingRecipe, ctx: RunContext, trainer: LlmkitTrainer) 
         trainer._load_from_checkpoint(best)
 
 
-def _metrics(trainer: LlmkitTrainer, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+def _metrics(
+    trainer: LlmkitTrainer, before: dict[str, float], after: dict[str, float], needs: Needs
+) -> dict[str, float]:
     count = count_parameters(trainer.model_wrapped)
     metrics = {
         "steps": float(trainer.state.global_step),
@@ -301,7 +357,7 @@ def _metrics(trainer: LlmkitTrainer, before: dict[str, float], after: dict[str, 
         **{f"{name}_after": after[name] for name in ("eval_loss", "eval_perplexity") if name in after},
         **trainer.meter.total(),
         "train_seconds": trainer.meter.seconds,
-        **peak_memory(),
+        **needs.metrics(trainer.meter),
         "parameters": float(count.all),
         "parameters_trainable": float(count.trainable),
     }

@@ -10,6 +10,11 @@ from pydantic import Field
 from llmkit.data.settings import DataSettings
 from llmkit.modeling.settings import ModelSettings
 from llmkit.recipe import Conflict, Recipe, Settings
+from llmkit.training.fsdp_settings import FsdpSettings
+from llmkit.training.sharding_rules import sharding_conflicts
+
+ROWS_OF_AUTO = 8
+"""``per_device_train_batch_size: auto`` keeps the steps of this many sequences a forward pass."""
 
 
 class TrainSettings(Settings):
@@ -19,8 +24,8 @@ class TrainSettings(Settings):
     """Optimizer steps; -1 follows ``num_train_epochs``."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate."""
-    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
-    """Rows (packed: sequences) per process and forward pass."""
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
+    """Rows (packed: sequences) per process and forward pass. ``auto`` trains the same steps as 8 would, and finds how many of a step's sequences fit at once (docs/memory.md)."""
     per_device_eval_batch_size: Annotated[int, Field(ge=1)] = 8
     """Rows (packed: sequences) per process in evaluation."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
@@ -118,6 +123,12 @@ class TrainingRecipe(Recipe):
     """What it is trained on."""
     train: TrainSettings = TrainSettings()
     """How it is trained."""
+    deepspeed: str | dict[str, Any] | None = None
+    """Divide optimizer states, gradients and weights among the processes by DeepSpeed: a preset (``zero1``, ``zero2``, ``zero3``, each with ``_offload``; ``zero3_nvme``), the path of a DeepSpeed JSON, or a mapping in its keys. ``auto`` in it is filled in from the recipe."""
+    fsdp: FsdpSettings | None = None
+    """The same by PyTorch's FSDP2: ``{}`` for its defaults. Excludes ``deepspeed``."""
+    plan: Literal["warn", "error", "off"] = "warn"
+    """What happens before anything is loaded when the run will not fit into memory or on the disk by ``llmkit plan``: a line, or an end with exit code 5."""
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
@@ -130,6 +141,7 @@ class TrainingRecipe(Recipe):
                     hint = "for example `eval: {split: 0.02}`"
                     yield Conflict(f"train.{key}", "needs held-out rows, in `data.eval`", hint, ("data.eval",))
         yield from self._quantization_conflicts()
+        yield from sharding_conflicts(self)
         for key in ("bf16", "fp16"):
             if getattr(self.train, key) and self.model.dtype not in ("auto", "float32"):
                 message = f"mixed precision keeps float32 weights, but `model.dtype` is {self.model.dtype}"
