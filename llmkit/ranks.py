@@ -143,7 +143,7 @@ class Meeting:
 
     def gone(self) -> list[str]:
         """The processes that are no more or stand still, in words, as far as this one can see (its own machine)."""
-        found = []
+        found: list[str] = []
         for rank in range(self._ranks.world_size):
             try:
                 if rank == self._ranks.rank or not self._store.check([f"process/{rank}"]):

@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,34 @@ class SourceReport:
             ],
             "too_long": [{"row": row, "tokens": tokens} for row, tokens in self.too_long],
         }
+
+
+def together(parts: Sequence[Sequence[SourceReport]]) -> list[SourceReport]:
+    """Reports of the same sources by several processes, each of its own rows, as one: counts and lists add up."""
+    counts = ("rows_read", "rows_used", "rows_not_drawn", "documents_split", "drifted", "bad", "too_long")
+    first = ("format", "format_reason", "first_drifted")
+    made = []
+    for same in zip(*parts, strict=True):
+        values: dict[str, Any] = {name: getattr(same[0], name) for name in counts}
+        for other in same[1:]:
+            values = {name: value + getattr(other, name) for name, value in values.items()}
+        values |= {name: next(filter(None, (getattr(one, name) for one in same)), "") for name in first}
+        made.append(replace(same[0], **values))
+    return made
+
+
+def added(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mappings of counts, however deep, added up; what is no number is taken from the first that has it."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            if isinstance(value, Mapping):
+                found[key] = added([found.get(key, {}), value])
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                found[key] = found.get(key, 0) + value
+            else:
+                found.setdefault(key, value)
+    return found
 
 
 def problems(sources: Sequence[SourceReport], settings: DataSettings) -> list[str]:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -217,7 +217,7 @@ class _Group:
         self.ends.append(End(one.rank, code, one.log, _read_report(one.report), tail, ended))
 
 
-def _environment(rank: int, count: int, port: int) -> Mapping[str, str]:
+def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     """What torchrun would set, and the threads that a process may use."""
     if count == 1:
         return {}

@@ -13,7 +13,7 @@ from llmkit.faults import EXIT_INTERRUPTED
 from llmkit.progress import number
 from llmkit.ranks import Report
 
-CRASHES = {
+CRASHES: dict[int, str] = {
     signal.SIGSEGV: "it crashed in native code (a library or driver)",
     signal.SIGBUS: "it crashed in native code, or a file it had mapped was cut short (is /dev/shm or the disk full?)",
     signal.SIGABRT: "it gave up in native code: a time-out of NCCL, no memory left, or a failed check",
@@ -85,17 +85,16 @@ def _died(end: End, processes: int, kills: int, limit: tuple[int, str] | None) -
         how = f"{who} ended with exit code {end.code} without saying why."
     else:
         how = f"{who} was killed by {_signal_name(-end.code)}: {_why(-end.code, kills, limit)}."
-    others = " The others were ended." if processes > 1 else ""
-    return f"{how}{others} The same command goes on from the last checkpoint, if there is one.{_last_words(end)}"
+    return f"{how}\nThe same command goes on from the last checkpoint, if there is one.{_last_words(end)}"
 
 
 def _why(signal_number: int, kills: int, limit: tuple[int, str] | None) -> str:
     if signal_number != signal.SIGKILL:
-        return CRASHES.get(signal.Signals(signal_number), "someone ended it")
-    allowed = f"; this run may use {number(limit[0] / 2**20)} MB ({limit[1]})" if limit else ""
+        return CRASHES.get(signal_number, "someone ended it")
+    allowed = f"; this run may use {number(limit[0] // 2**20)} MB ({limit[1]})" if limit else ""
     if kills:
         times = "a process" if kills == 1 else f"{kills} processes"
-        return f"out of memory (the kernel says that it killed {times} for it{allowed}). {_LESS}"
+        return f"out of memory (the kernel killed {times} for it{allowed}).\n{_LESS}"
     return f"probably out of memory, although the kernel does not say so here, or someone ended it{allowed}"
 
 

@@ -1,4 +1,4 @@
-"""The command line with the toy stage in its table: ``python toy_cli.py toy recipe.yaml``."""
+"""The command line with the toy stages in its table: ``python toy_cli.py toy recipe.yaml``."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,7 @@ from llmkit.cli import main
 from llmkit.stages import STAGES
 
 STAGES["toy"] = "toy_stage"
+STAGES["ring"] = "ring_stage"
 
 if __name__ == "__main__":
     sys.exit(main())
