@@ -28,7 +28,7 @@ RECIPE, RUN, RESULT, LOCK = "recipe.yaml", "run.json", "result.json", ".lock"
 
 NO_WORK = frozenset({
     RECIPE, RUN, RESULT, LOCK, "traceback.txt", "log.jsonl", "data_report.json", "token_lengths.png",
-    "tracking.json", "before.json", "batch_size.json", "logs", "guard_report.json",
+    "tracking.json", "before.json", "deepspeed.json", "batch_size.json", "logs", "guard_report.json",
     "guard_rows.jsonl", "guard_lengths.png", "perplexity.png",
 })  # fmt: skip
 """What a run leaves behind that failed before it had trained anything; losing it loses no work."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.context import RunContext
-from llmkit.errors import UsageError
+from llmkit.errors import UsageError, WontFitError
+from llmkit.modeling.devices import GIB, device, host_memory
 from llmkit.modeling.export import save_description
 from llmkit.modeling.load import auto_class, load_config, load_model
 from llmkit.modeling.locate import find_folder, saved_dtype
@@ -17,8 +19,10 @@ from llmkit.modeling.settings import ModelSettings
 from llmkit.training import zero_config
 from llmkit.training.arguments import warmup_steps
 from llmkit.training.objective import Objective, choose
+from llmkit.training.plan import Planner
 from llmkit.training.settings import TrainingRecipe
 from llmkit.training.sharding import Shards, group_of_one, rank_variables, skeleton, small_twin
+from llmkit.training.sharding_rules import with_stage
 
 EXPORT = "export"
 """Folder of a checkpoint with all of a model except its weights."""
@@ -27,8 +31,8 @@ EXPORT = "export"
 def shards_of(recipe: TrainingRecipe, ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Shards | None:
     """The engine that the recipe asks for, not yet around a model; None where it asks for none.
 
-    Several processes have their group already. Raises UsageError for a DeepSpeed configuration that does not go with the recipe,
-    MissingError for what it needs and this machine lacks.
+    Several processes have their group already. Raises UsageError for a configuration that does not go with the recipe,
+    MissingError for what it needs and this machine lacks, WontFitError for an offload that the host has no memory for.
     """
     if recipe.deepspeed is None and recipe.fsdp is None:
         return None
@@ -36,14 +40,21 @@ def shards_of(recipe: TrainingRecipe, ctx: RunContext, tokenizer: PreTrainedToke
     if recipe.fsdp is not None:
         from llmkit.training.fsdp import Fsdp
 
+        if recipe.fsdp.offload_params:
+            check_host(recipe, ctx)
         return Fsdp(recipe.fsdp, ctx, bf16=recipe.train.bf16)
     from llmkit.training.zero import Zero, check_nvme
 
     config = _resolved(recipe, ctx, tokenizer)
+    if "cpu" in (zero_config.offload(config, "optimizer"), zero_config.offload(config, "param")):
+        check_host(recipe, ctx)
     check_nvme(config)
     zero = Zero(config, ctx)
+    wrong = [f"{c.key}: {c.message} ({c.hint})" for c in with_stage(recipe, "deepspeed", zero.stage)]
     if recipe.model.init == "sharded" and not zero.partitioned:
-        raise UsageError(f"model.init: sharded needs ZeRO stage 3, and deepspeed has stage {zero.stage}.")
+        wrong.append(f"model.init: sharded needs ZeRO stage 3, and deepspeed has stage {zero.stage}")
+    if wrong:  # of a file, whose stage the recipe does not tell
+        raise UsageError("\n".join(wrong))
     return zero
 
 
@@ -64,6 +75,25 @@ def _resolved(recipe: TrainingRecipe, ctx: RunContext, tokenizer: PreTrainedToke
     )
     source = recipe.deepspeed if isinstance(recipe.deepspeed, str) else "deepspeed"
     return zero_config.resolve(given, recipe.train, facts, source=source)
+
+
+def check_host(recipe: TrainingRecipe, ctx: RunContext) -> None:
+    """Refuse an offload that would exhaust the host: the kernel would end the run, or another program, in the middle.
+
+    Counts the processes of this machine and the limit of its container. Raises WontFitError.
+    """
+    own = Planner(recipe, device(), ctx.world_size).own()
+    if own.setup.sharding.optimizer != "cpu" and own.setup.sharding.parameters != "cpu":
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    each = own.memory.device if own.setup.cpu else own.memory.host
+    there = host_memory()
+    if each * here > there:
+        raise WontFitError(
+            f"Offload to host memory needs about {each / GIB:.1f} GiB for each process, {each * here / GIB:.1f} for the"
+            f" {here} on this machine, which has {there / GIB:.1f} GiB. Use more machines, an adapter (llmkit lora), or"
+            " deepspeed: zero3_nvme; `llmkit plan` shows what takes it."
+        )
 
 
 def weights_type(settings: ModelSettings) -> str:

@@ -27,7 +27,7 @@ def sharding_conflicts(recipe: TrainingRecipe) -> Iterator[Conflict]:
     stage = 3 if recipe.fsdp is not None else zero_config.known_stage(_setting(recipe))
     if stage is not None:
         key = "fsdp" if recipe.fsdp is not None else "deepspeed"
-        yield from _with_both(recipe, key, stage)
+        yield from with_stage(recipe, key, stage)
     if recipe.model.init == "sharded":
         yield from _sharded_loading(recipe)
 
@@ -49,7 +49,8 @@ def _deepspeed(recipe: TrainingRecipe) -> Iterator[Conflict]:
         yield Conflict(f"deepspeed.{key}", message, hint)
 
 
-def _with_both(recipe: TrainingRecipe, key: str, stage: int) -> Iterator[Conflict]:
+def with_stage(recipe: TrainingRecipe, key: str, stage: int) -> Iterator[Conflict]:
+    """What does not go with a model that ``key`` (deepspeed or fsdp) divides at ZeRO ``stage``; FSDP counts as 3."""
     train = recipe.train
     if train.optim == "adafactor":
         message = f"works on the rows and columns of a matrix, and `{key}` divides weights without regard to them"
