@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import random
 import threading
 import time
@@ -22,7 +21,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from llmkit.errors import MissingError
-from llmkit.inference.engines import Answering, Completion, Question
+from llmkit.inference.engines import Answering, Completion, Question, api_key
 from llmkit.inference.settings import EndpointSettings, GenerationSettings
 from llmkit.secrets import mask
 
@@ -45,15 +44,7 @@ class _CallError(Exception):
 @contextmanager
 def open_engine(model: EndpointSettings, generation: GenerationSettings) -> Iterator[EndpointEngine]:
     """See ``engines.open_engine``. Raises MissingError where the environment variable of the key is not set."""
-    key = None
-    if model.api_key_env is not None:
-        key = os.environ.get(model.api_key_env, "").strip()
-        if not key:
-            raise MissingError(
-                f"{model.label}: the environment variable {model.api_key_env}, which should hold the API key of "
-                f"{model.base_url}, is not set. Set it, or remove api_key_env where the server wants no key."
-            )
-    yield EndpointEngine(model, generation, key)
+    yield EndpointEngine(model, generation, api_key(model))
 
 
 class EndpointEngine:

@@ -6,6 +6,7 @@ A new engine is a module with ``open_engine`` and a line in ``ENGINES``.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import yaml
 
 from llmkit.data.rows import Message
-from llmkit.errors import UsageError
+from llmkit.errors import MissingError, UsageError
 from llmkit.inference.settings import AnsweringModel, EndpointSettings, GenerationSettings, LocalModelSettings
 
 ENGINES: dict[str, str] = {
@@ -91,6 +92,27 @@ def identity(model: AnsweringModel) -> str | None:
     text = template.read_text(encoding="utf-8") if template is not None and template.is_file() else model.chat_template
     parts = [fingerprint(weights_folder(folder)), model.dtype, str(system_of(model, folder)), str(text)]
     return "sha256:" + hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def require(model: AnsweringModel) -> None:
+    """Raises MissingError for a model that is not there, or the key of a URL that is not set: before anything is asked."""
+    if isinstance(model, EndpointSettings):
+        api_key(model)
+    else:
+        identity(model)
+
+
+def api_key(model: EndpointSettings) -> str | None:
+    """The API key of a URL, from the environment. Raises MissingError where it is named and not there."""
+    if model.api_key_env is None:
+        return None
+    key = os.environ.get(model.api_key_env, "").strip()
+    if not key:
+        raise MissingError(
+            f"{model.label}: the environment variable {model.api_key_env}, which should hold the API key of "
+            f"{model.base_url}, is not set. Set it, or remove api_key_env where the server wants no key."
+        )
+    return key
 
 
 def system_of(model: LocalModelSettings, folder: Path) -> str | None:

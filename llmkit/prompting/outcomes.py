@@ -88,7 +88,8 @@ def write(outcomes: Iterable[Outcome], folder: Path) -> Path:
     """``results.jsonl``, one outcome a line."""
     path = folder / RESULTS
     lines = [json.dumps(asdict(outcome), ensure_ascii=False, default=str) for outcome in outcomes]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    # Half a surrogate pair, which a server may send, becomes the escape that JSON has for it.
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
     return path
 
 

@@ -118,8 +118,7 @@ def _name(text: str) -> str:
 def samples(failed: Sequence[Outcome]) -> list[dict[str, str]]:
     """The first answers that did not pass, for the summary."""
     return [
-        {"prompt": _question(one), "reference": one.expected or "", "after": one.output}
-        for one in failed[:SAMPLES]
+        {"prompt": _question(one), "reference": one.expected or "", "after": one.output} for one in failed[:SAMPLES]
     ]
 
 
@@ -138,7 +137,7 @@ def gate(found: Findings, folder: Path, metrics: Mapping[str, float], artifacts:
     ]
     if lines:
         lines = [
-            "the static checks found errors, so nothing was generated (static: false leaves the checks out):",
+            "the static checks found errors, so nothing was generated (static: false leaves them out):",
             *lines,
         ]
     lines += found.shortfalls

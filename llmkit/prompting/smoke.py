@@ -111,13 +111,15 @@ def _prompt(tested: Tested, test: TestCase, examples: Sequence[Mapping[str, Any]
 
 
 def _right_answer(template: PromptTemplate, test: TestCase) -> str | None:
-    """By the case, else by the template; None where the case lacks what the template's answer is made of."""
-    if test.case.answer is not None:
+    """By the case, else by the template; None where the case lacks (or has null for) what the template's is made of."""
+    if test.case.answer is not None or template.settings.answer is None:
         return test.case.answer
-    try:
-        return template.answer(test.case.values)
-    except DataError:
+    from jinja2 import Environment, meta
+
+    known = {**test.case.values, **template.values(test.case.values)}
+    if any(known.get(name) is None for name in meta.find_undeclared_variables(Environment().parse(template.settings.answer))):
         return None
+    return template.answer(test.case.values)
 
 
 def plain_messages(test: TestCase) -> list[Message]:
@@ -202,7 +204,7 @@ class Answers:
                 file.seek(-1, 2)
                 if file.read(1) != b"\n":
                     file.write(b"\n")
-            file.write(f"{line}\n".encode("utf-8", "surrogatepass"))
+            file.write(f"{line}\n".encode("utf-8", "backslashreplace"))
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from llmkit.context import Progress, RunContext
 from llmkit.data import sources
 from llmkit.errors import RecipeError, UsageError
+from llmkit.inference.engines import require
 from llmkit.inference.settings import AnsweringModel, EndpointSettings, LocalModelSettings, as_model
-from llmkit.prompting.assertions import KINDS, Helpers, needed, read
+from llmkit.prompting.assertions import KINDS, Finding, Helpers, needed, read
 from llmkit.prompting.cases import TestCase, case_files, inline_assertions, read_cases
 from llmkit.prompting.few_shot import Embed
 from llmkit.prompting.outcomes import Comparison, Outcome, compare, read_results, shortfalls
@@ -57,6 +58,7 @@ class Suite:
     models: list[AnsweringModel]
     embed: Embed | None = None
     notes: list[str] = field(default_factory=list)
+    _find_pii: Callable[[str], Sequence[Finding]] | None = None
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -157,6 +159,7 @@ class Suite:
         Raises StoppedEarly with the answers kept, MissingError for a model or server that is not there.
         """
         types = types_in(self.prompts)
+        self._require(types)
         logprobs = bool(types & {"perplexity", "perplexity-score"})
         answers = Answers(ctx.output_dir, earlier)
         made = {
@@ -177,6 +180,18 @@ class Suite:
                 for prompt, answer in zip(self.prompts, completions, strict=True)
             ]
 
+    def _require(self, types: set[str]) -> None:
+        """What is missing is told before the first answer, not after the last."""
+        for model in [
+            *self.models,
+            *([as_model(self.recipe.judge)] if self.recipe.judge and "llm-rubric" in types else []),
+        ]:
+            require(model)
+        if "no-pii" in types:
+            from llmkit.data.guard.privacy import PrivacyFilter
+
+            self._find_pii = PrivacyFilter().find
+
     def _helpers(self, types: set[str], answers: Answers, stack: ExitStack) -> Helpers:
         judge = None
         if "llm-rubric" in types and self.recipe.judge is not None:
@@ -185,12 +200,7 @@ class Suite:
                 update={"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 512}
             )
             judge = Judge(as_model(self.recipe.judge), settings, answers, stack)
-        find_pii = None
-        if "no-pii" in types:
-            from llmkit.data.guard.privacy import PrivacyFilter
-
-            find_pii = PrivacyFilter().find
-        return Helpers(embed=self.embed if "similar" in types else None, judge=judge, find_pii=find_pii)
+        return Helpers(embed=self.embed, judge=judge, find_pii=self._find_pii)
 
     # Together
 

@@ -82,6 +82,11 @@ def test_a_new_version_of_a_template_is_paired_with_the_old_one(tmp_path: Path) 
     assert [one.template for one in found.broke] == ["t@2"], "of u it is not known which version u@3 follows"
 
 
+def test_half_a_surrogate_pair_is_written_and_read(tmp_path: Path) -> None:
+    write([outcome("a", True, output="x\ud800")], tmp_path)
+    assert (read_results(tmp_path) or [])[0].output == "x\ud800"
+
+
 def test_a_damaged_or_missing_file_is_no_run(tmp_path: Path) -> None:
     assert read_results(tmp_path) is None
     (tmp_path / "results.jsonl").write_text('{"template": 1}\n')
