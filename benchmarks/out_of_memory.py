@@ -35,7 +35,7 @@ from common import REPO, RESULTS, machine, write_result
 
 HANG_S = 600.0
 STEPS, LONG_FROM = 12, 7
-ULIMITS_MB = {1: (1500, 2200, 3000, 3600), 2: (3000,)}
+ULIMITS_MB = {1: (1200, 2400, 3000), 2: (2700,)}
 KINDS = ("cgroup-1", "cgroup-2", "ulimit-1", "ulimit-2")
 
 

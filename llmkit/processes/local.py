@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -63,11 +63,10 @@ def run(job: Job, prepared: Prepared, asked: Asked) -> Result:
 
 
 class Asked:
-    """Signals that this process got: each goes on to every process of the run, once."""
+    """Signals that this process got, in their order."""
 
     def __init__(self) -> None:
         self.signals: list[signal.Signals] = []
-        self._processes: list[subprocess.Popen[bytes]] = []
 
     @property
     def twice(self) -> bool:
@@ -86,25 +85,13 @@ class Asked:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def add(self, process: subprocess.Popen[bytes]) -> None:
-        self._processes.append(process)
-        for number in self.signals:
-            _send(process, number)
-
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         self.signals.append(signal.Signals(number))
-        for process in self._processes:
-            _send(process, number)
 
     def refuse_to_begin(self) -> None:
         """StoppedEarly where a signal came before there was anything to stop."""
         if self.signals:
             raise StoppedEarly(f"Stopped by {self.signals[0].name} before the run began. The same command begins it.")
-
-
-def _send(process: subprocess.Popen[bytes], number: int) -> None:
-    if process.poll() is None:
-        process.send_signal(number)
 
 
 @dataclass
@@ -116,6 +103,13 @@ class _Process:
     """Bytes that the log had before this start."""
     report: int
     """Read end of the pipe on which the process says how it ended."""
+    told: int = 0
+    """Signals that it was sent: each of ours, once."""
+
+    def pass_on(self, signals: Sequence[signal.Signals]) -> None:
+        for number in signals[self.told :]:
+            self.told += 1
+            self.process.send_signal(number)
 
 
 @dataclass
@@ -149,7 +143,6 @@ class _Group:
             stack.callback(self.screen.give_away)
             for rank in range(count):
                 self.running.append(self._start_one(rank, count, logs / f"rank-{rank}.log", store))
-                self.asked.add(self.running[-1].process)
 
     def _start_one(self, rank: int, count: int, log: Path, store: socket.socket) -> _Process:
         offset = log.stat().st_size if log.exists() else 0
@@ -182,6 +175,8 @@ class _Group:
             for one in [p for p in self.running if p.process.poll() is not None]:
                 self._note_end(one)
                 deadline = min(deadline, time.monotonic() + self._patience(self.ends[-1]))
+            for one in self.running:
+                one.pass_on(self.asked.signals)
             if self.asked.twice:
                 deadline = min(deadline, time.monotonic() + HURRY_SECONDS)
             if time.monotonic() > deadline:

@@ -136,6 +136,18 @@ def test_a_signal_stops_all_with_a_checkpoint(ring: Ring, number: signal.Signals
     assert 0 < last < 1000
 
 
+def test_a_signal_is_not_lost_while_the_processes_start(ring: Ring) -> None:
+    process = subprocess.Popen(
+        [*RING, "steps=1000", "pause=0.05"], cwd=ring.folder, env=ring.env, stderr=subprocess.PIPE, text=True
+    )
+    while not (ring.out / "logs" / "rank-1.log").exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGUSR1)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 138, stderr
+    assert "Stopped by SIGUSR1" in ring.result()["error"]
+
+
 def test_a_second_ctrl_c_leaves_at_once(ring: Ring) -> None:
     process = ring.start("pause=50")
     process.send_signal(signal.SIGINT)
@@ -212,3 +224,18 @@ def test_training_goes_on_after_a_process_was_killed(tiny_llama: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Going on from ") == 1
     assert json.loads((out / "result.json").read_text())["metrics"]["steps"] == 8
+
+
+@pytest.mark.slow
+def test_a_stream_reports_the_rows_of_all_ranks(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {i}?", "completion": "" if i % 6 == 0 else str(i)} for i in range(24)]
+    (tmp_path / "stream.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "stream.jsonl"), "streaming": True, "shuffle": False, "on_bad_row": "drop"}
+    what = sft_recipe(tmp_path, tiny_llama, data=data, max_steps=2, per_device_train_batch_size=2)
+    (tmp_path / "sft.json").write_text(json.dumps(what | {"launch": {"processes": 2}}))
+    command = [sys.executable, "-m", "llmkit", "sft", "sft.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    (source,) = json.loads((tmp_path / "out" / "data_report.json").read_text())["sources"]
+    assert (source["rows_read"], source["rows_used"], source["rows_bad"]) == (24, 20, 4)
+    assert "of 24 rows read, 4 were left out" in done.stderr
