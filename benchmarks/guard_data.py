@@ -30,6 +30,7 @@ class Case:
     category: str
     start: int
     end: int
+    language: str
 
 
 # --- small helpers --------------------------------------------------------------------------------------------------
@@ -794,7 +795,7 @@ def _case(rng: random.Random, template: str, value: str, language: str, kind: st
             text, start = f"{filler} {text}", start + len(filler) + 1
         else:
             text = f"{text} {filler}"
-    return Case(text, kind, category, start, start + len(value))
+    return Case(text, kind, category, start, start + len(value), language)
 
 
 def unseen(kind: str, count: int, seed: int) -> list[Case]:
@@ -811,7 +812,9 @@ def unseen(kind: str, count: int, seed: int) -> list[Case]:
             template = rng.choice(sentences[language])
             filler = rng.choice(UNSEEN_FILLER[language]) + " " if rng.random() < 0.4 else ""
             start = len(filler) + template.index("{v}")
-            cases.append(Case(filler + template.replace("{v}", value), kind, category, start, start + len(value)))
+            cases.append(
+                Case(filler + template.replace("{v}", value), kind, category, start, start + len(value), language)
+            )
     return cases
 
 

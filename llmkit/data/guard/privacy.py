@@ -193,7 +193,8 @@ class PrivacyFilter:
     def _matches(self, text: str) -> list[tuple[Finding, str]]:
         """Findings and the canonical forms of their values."""
         view = normalize(text)
-        windows = {None: [(0, len(view.text))], **{hint: hint.windows(view.text) for hint in self._hints}}
+        windows: dict[Hint | None, list[tuple[int, int]]] = {hint: hint.windows(view.text) for hint in self._hints}
+        windows[None] = [(0, len(view.text))]
         taken: list[tuple[Finding, str]] = []
         for kind, hint, find in self._finders:
             found = [(first, match) for first, last in windows[hint] for match in find(view.text[first:last])]

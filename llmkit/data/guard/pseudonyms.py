@@ -63,12 +63,6 @@ class Draw:
         return self.letters(count, "0123456789abcdef")
 
 
-def _fill(shape: str, characters: str) -> str:
-    """``shape`` with its letters and digits replaced, in order; separators stay."""
-    new = iter(characters)
-    return re.sub(r"[0-9A-Za-z]", lambda _: next(new), shape)
-
-
 # --- one function a kind: the value as written, its canonical form, choices -------------------------------------------
 
 

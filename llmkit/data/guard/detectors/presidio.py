@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -9,6 +10,8 @@ from typing import Any
 
 from llmkit.data.guard.detectors.base import Finder, Match
 from llmkit.errors import MissingError
+
+_log = logging.getLogger("llmkit.guard")
 
 # Language, and what tells its text from the others': the script. English is what is left.
 _SCRIPTS = (("ko", "가", "힣"), ("ja", "ぁ", "ヿ"), ("zh", "一", "鿿"))
@@ -31,6 +34,10 @@ def finder(kind: str) -> Finder:
             f"finding {kind}s needs a spaCy model, and none is installed."
             " Install one for each of your languages: python -m spacy download en_core_web_lg"
             " (Korean: ko_core_news_lg, Chinese: zh_core_web_lg, Japanese: ja_core_news_lg)"
+        )
+    if without := sorted(set(_GENRE) - set(models)):
+        _log.warning(
+            "%s: looked for in %s text; no spaCy model for %s", kind, ", ".join(sorted(models)), ", ".join(without)
         )
     entity = _ENTITIES[kind]
 
