@@ -508,6 +508,10 @@ class Tokenizers:
             single=f"{family.bos} $A", pair=f"{family.bos} $A $B", special_tokens=[(family.bos, index)]
         )
 
+    def has_own(self, family: Family) -> bool:
+        """Whether a package carries the family's vocabulary."""
+        return self._package_file(family.tokenizer) is not None
+
     def _backend(self, family: Family) -> Path:
         """A tokenizer.json of the bare vocabulary, or a folder for transformers to convert."""
         file = self._package_file(family.tokenizer)

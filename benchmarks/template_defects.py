@@ -8,14 +8,18 @@ clean, and once for each defect, which changes the template, the tokenizer, the 
 training length. The checker is given the folder and nothing else. A defect is found when one of the checks that are
 about it reports an error or a warning; on a clean folder each of those is a false alarm. ``--soup`` runs
 ``soup data doctor`` on the same folders; anything that it says more, or says worse, than about the clean folder of
-the family counts as found. Writes benchmarks/results/template_defects-<date>.json.
+the family counts as found. Vocabularies are byte-level BPEs trained here; with ``--packages`` the families whose own
+vocabulary a package carries are checked a second time with it. The chat templates that TRL ships (the extra ``bench``), in which nobody planted anything, are
+checked too. Writes benchmarks/results/template_defects-<date>.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +31,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from chat_families import DEFECTS, FAMILIES, Defect, Family, Tokenizers, build, write_folder
+from chat_families import DEFECTS, FAMILIES, Defect, Family, Tokenizers, build, conversations, write_folder
 from common import machine, write_result
 
 from llmkit.data.rows import Conversation
@@ -126,6 +130,8 @@ def foreign_defects(clean: Planted) -> dict[str, tuple[Any, frozenset[str]]]:
     tokenizer: Any = subject.tokenizer
     renderer = Renderer(tokenizer, supervise=subject.supervise, stop_ids=subject.stop_ids)
 
+    specials = {int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
     def right(row: Conversation) -> Labels:
         made: Any = renderer.encode([row])[0]
         return [int(i) for i in made.input_ids], [int(i) for i in made.labels]
@@ -143,7 +149,11 @@ def foreign_defects(clean: Planted) -> dict[str, tuple[Any, frozenset[str]]]:
 
     def without_stop(row: Conversation) -> Labels:
         ids, labels = right(row)
-        return ids, [a if b != IGNORED else IGNORED for a, b in zip(labels, [*labels[1:], IGNORED], strict=True)]
+        for at in range(len(ids) - 1, -1, -1):  # all special tokens at the end of a stretch
+            after = labels[at + 1] if at + 1 < len(ids) else IGNORED
+            if after == IGNORED and ids[at] in specials:
+                labels[at] = IGNORED
+        return ids, labels
 
     def text_again(row: Conversation) -> Labels:
         """``tokenizer(apply_chat_template(…))``, which adds BOS a second time where the tokenizer adds one."""
@@ -187,6 +197,79 @@ def check_foreign(clean: Planted) -> dict[str, bool]:
     return found
 
 
+# ---- templates that were not written here ----
+
+_CONTROL = re.compile(
+    r"<\|[^|<>{}'\"\s]{1,40}\|>|<\|[^|<>{}'\"\s]{1,30}>|<[^|<>{}'\"\s]{1,30}\|>|<｜[^<>{}'\"]{1,40}｜>|<(?:start|end)_of_turn>|"
+    r"\[/?[A-Z_]{3,30}\]|<[A-Z_]{3,40}>|<end_of_utterance>|<image>|<(?:/?s|bos|eos)>|</?think>|</?tool_(?:call|response)>"
+)
+_PLAIN = re.compile(r"</?(?:think|tool_call|tool_response)>")
+
+
+def real_templates(work: Path) -> dict[str, Any]:
+    """Chat templates of models as TRL ships them, with a trained vocabulary and the control tokens that they name.
+
+    Nobody planted anything in them; those that end in ``_training`` are checked for learning every answer, the others
+    for the last. What is reported is kept for reading: some of it is a mistake, some of it a property.
+    """
+    spec = importlib.util.find_spec("trl")
+    if spec is None or not spec.origin:
+        return {}
+    bpe = Tokenizers(None, work)._trained()
+    made: dict[str, Any] = {}
+    for path in sorted(Path(spec.origin).parent.glob("chat_templates/*.jinja")):
+        try:
+            subject, cases = real_subject(path, bpe)
+        except Exception as error:  # noqa: BLE001  a template's own words
+            made[path.stem] = f"does not render text: {error}"
+            continue
+        report = check_static(None, subject, cases)
+        made[path.stem] = sorted({f"{i.check}: {i.severity}" for i in report.issues if i.severity != "info"})
+    return made
+
+
+def real_subject(path: Path, bpe: Path) -> tuple[Subject, list[Case]]:
+    """A template of TRL's with a tokenizer; system messages and tools only where it knows them."""
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    text = path.read_text(encoding="utf-8")
+    names = sorted(set(_CONTROL.findall(text)))
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(bpe), bos_token="<s>")
+    tokenizer.add_tokens(
+        [AddedToken(n, special=not _PLAIN.fullmatch(n), normalized=False) for n in [*names, "<|eos|>"]]
+    )
+    tokenizer.eos_token, tokenizer.chat_template = "<|eos|>", text
+    probe = [{"role": "user", "content": "qqq"}, {"role": "assistant", "content": "zzz"}]
+    tail = tokenizer.apply_chat_template(probe, tokenize=False).rpartition("zzz")[2]
+    stops = sorted((n for n in [*names, "<|eos|>"] if n in tail), key=tail.index)
+    if stops and "eos_token" not in text:
+        tokenizer.eos_token = stops[0]
+    cases = []
+    for number, row in enumerate(conversations(next(f for f in FAMILIES if f.tools)), 1):
+        messages = row["messages"]
+        if messages[0]["role"] == "system":
+            try:
+                tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
+            except Exception:  # noqa: BLE001  a template's own words
+                messages = messages[1:]
+        if "tools" in text or not row.get("tools"):
+            cases.append(Case(f"row {number}", messages=messages, tools=row.get("tools")))
+    ids = tuple(int(tokenizer.convert_tokens_to_ids(n)) for n in dict.fromkeys([*stops, tokenizer.eos_token]))
+    supervise: Any = "all" if path.stem.endswith("_training") else "last"
+    return Subject(path.stem, tokenizer, supervise=supervise, stop_ids=ids), cases
+
+
+def check_all(root: Path, tokenizers: Tokenizers, families: tuple[Family, ...], verbose: bool) -> list[Planted]:
+    """Write and check; what was missed and what was a false alarm is printed."""
+    planted = write_all(root, tokenizers, families)
+    for one in planted:
+        check(one)
+        if verbose or (one.defect and not one.hit) or (one.defect is None and one.reported):
+            print(one.name, [entry for entry in one.found if entry[1] != "info"])
+    return planted
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packages", type=Path, help="folder with the packages that carry vocabularies")
@@ -194,25 +277,44 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("/tmp/template_defects"))
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
-    folders = options.work / "folders"
-    shutil.rmtree(folders, ignore_errors=True)
+    shutil.rmtree(options.work / "folders", ignore_errors=True)
+    planted = check_all(options.work / "folders" / "bpe", Tokenizers(None, options.work), FAMILIES, options.verbose)
     tokenizers = Tokenizers(options.packages, options.work)
-    planted = write_all(folders, tokenizers)
-    for one in planted:
-        check(one)
-        if options.verbose or (one.defect and not one.hit) or (one.defect is None and one.reported):
-            print(one.name, [entry for entry in one.found if entry[1] != "info"])
+    own = tuple(family for family in FAMILIES if options.packages and tokenizers.has_own(family))
+    again = check_all(options.work / "folders" / "own", tokenizers, own, options.verbose)
     foreign = {one.family.name: check_foreign(one) for one in planted if one.defect is None}
     if options.soup:
         run_soup(options.soup, planted, options.work)
-    result = summarize(planted, foreign, tokenizers, bool(options.soup))
+    real = real_templates(options.work)
+    result = summarize(planted, foreign, bool(options.soup), real)
+    if again:
+        result["summary"]["own_vocabularies"] = counts(again)
+        result["own_vocabularies"] = tokenizers.used
     print(json.dumps(result["summary"], indent=1))
     write_result("template_defects", result)
-    return 0 if result["summary"]["llmkit"]["found"] == result["summary"]["planted"] else 1
+    summary = result["summary"]
+    return (
+        0 if summary["llmkit"]["found"] == summary["planted"] and not summary["llmkit"]["false_alarms_on_clean"] else 1
+    )
+
+
+def counts(planted: list[Planted]) -> dict[str, Any]:
+    """llmkit's findings in numbers."""
+    bad = [one for one in planted if one.defect is not None]
+    return {
+        "families": len({one.family.name for one in planted}),
+        "planted": len(bad),
+        "found": sum(one.hit for one in bad),
+        "false_alarms_on_clean": sum(len(one.reported) for one in planted if one.defect is None),
+        "seconds_a_folder": round(sum(one.seconds for one in planted) / len(planted), 2),
+    }
 
 
 def summarize(
-    planted: list[Planted], foreign: dict[str, dict[str, bool]], tokenizers: Tokenizers, soup: bool
+    planted: list[Planted],
+    foreign: dict[str, dict[str, bool]],
+    soup: bool,
+    real: dict[str, Any],
 ) -> dict[str, Any]:
     clean = {one.family.name: one for one in planted if one.defect is None}
     bad = [one for one in planted if one.defect is not None]
@@ -229,12 +331,13 @@ def summarize(
         "families": len(clean),
         "defects": len(DEFECTS),
         "planted": len(bad),
-        "llmkit": {
-            "found": sum(one.hit for one in bad),
-            "false_alarms_on_clean": sum(len(one.reported) for one in clean.values()),
-            "seconds_a_folder": round(sum(one.seconds for one in planted) / len(planted), 2),
-        },
+        "llmkit": counts(planted),
         "wrong_pipelines": {"planted": len(hits), "found": sum(hits)},
+        "real_templates": {
+            "checked": sum(isinstance(found, list) for found in real.values()),
+            "without_error": sum(isinstance(f, list) and not any("error" in one for one in f) for f in real.values()),
+            "without_error_or_warning": sum(found == [] for found in real.values()),
+        },
     }
     if soup:
         verdicts = Counter(verdict for one in clean.values() for verdict in one.soup.values())
@@ -247,7 +350,6 @@ def summarize(
         "summary": summary,
         "by_defect": by_defect,
         "wrong_pipelines": foreign,
-        "tokenizers": tokenizers.used,
         "cells": [
             {
                 "family": one.family.name,
@@ -258,6 +360,7 @@ def summarize(
             }
             for one in planted
         ],
+        "real_templates": real,
         "not_planted": "tools dropped, in families without tools",
         "machine": machine("transformers", "tokenizers", "jinja2"),
     }

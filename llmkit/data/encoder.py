@@ -36,6 +36,8 @@ class PieceEncoder:
         for text in self._tokenizer.all_special_tokens:
             if text not in self.specials:
                 index: Any = self._tokenizer.convert_tokens_to_ids(text)
+                if index is None:
+                    raise DataError(f"the tokenizer names {text!r} as a special token, but has no such token.")
                 self.specials[text] = int(index)
         longest_first = sorted(self.specials, key=lambda text: (-len(text), text))
         patterns = [_pattern(text, added[text][1] if text in added else None) for text in longest_first]

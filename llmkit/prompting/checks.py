@@ -38,7 +38,7 @@ class Found(NamedTuple):
 class Turn(NamedTuple):
     """An answer in the rendered text: the history before it without and with the generation prompt, and with it."""
 
-    index: int
+    at: int
     history: str | None
     prompt: str
     upto: str
@@ -88,15 +88,13 @@ def _check_prefix(view: View, turn: Turn) -> Iterator[Found]:
         return
     parted = _end_of_history(view, turn)
     opening, rest = turn.prompt[parted:], turn.upto[parted:]
+    said = visible(view.messages[turn.at])
+    header = rest.partition(said)[0] if said and said in rest else rest[: len(opening)]
     if parted < 0:
         yield _rewritten(turn.prompt, turn.upto, "is not the beginning of the text with the answer")
-    elif _TAG.search(opening) and not _TAG.search(rest[: len(opening) + 8]):
-        yield Found(
-            "thinking",
-            "error",
-            f"the prompt at inference opens thinking with {_short(opening)}, which the training text leaves out",
-            _beside(opening, rest),
-        )
+    elif _TAG.search(opening):
+        what = f"the prompt at inference begins an answer with {_short(opening)}, and the training text does not"
+        yield Found("thinking", "error", what, _beside(opening, rest))
     elif rest.startswith(opening.rstrip()):
         blanks = opening[len(opening.rstrip()) :]
         yield Found(
@@ -109,7 +107,7 @@ def _check_prefix(view: View, turn: Turn) -> Iterator[Found]:
         yield Found(
             "generation-prompt",
             "error",
-            f"an answer begins with {_short(rest[: len(opening)])} in training and with {_short(opening)} at inference",
+            f"an answer begins with {_short(header)} in training and with {_short(opening)} at inference",
             _beside(opening, rest),
         )
 
@@ -120,7 +118,7 @@ def _end_of_history(view: View, turn: Turn) -> int:
     if history and turn.prompt.startswith(history) and turn.upto.startswith(history):
         return len(history)
     # templates that end a text without a generation prompt in their own way: what comes after the last message
-    before = (view.messages[turn.index - 1]["content"] or "").strip() if turn.index else ""
+    before = (view.messages[turn.at - 1]["content"] or "").strip() if turn.at else ""
     end = turn.prompt.rfind(before) + len(before) if before and before in turn.prompt else -1
     common = _common(turn.prompt, turn.upto)
     return common if 0 <= end <= common else -1
@@ -153,47 +151,46 @@ def _check_earlier(view: View, bench: Bench, whole: str) -> Iterator[Found]:
 def _check_answer(view: View, turn: Turn, bench: Bench) -> Iterator[Found]:
     """What lies between the prompt and the answer, the answer itself, and what comes after it."""
     body = turn.upto[len(turn.prompt) :]
-    said = visible(view.messages[turn.index])
+    said = visible(view.messages[turn.at])
     at = body.find(said)
     if at < 0:
         detail = _beside(said, body)
         yield Found("content", "error", "the answer is not in the training text as it was written", detail)
         return
     if said:
-        yield from _check_lead(turn, body[:at], view.messages[turn.index])
-    yield from _check_tail(body[at + len(said) :], view.messages[turn.index], bench)
+        yield from _check_lead(turn, body[:at], view.messages[turn.at])
+    yield from _check_tail(body[at + len(said) :], bench)
 
 
 def _check_lead(turn: Turn, lead: str, message: Message) -> Iterator[Found]:
+    """What stands between the prompt and the answer in training: at inference the model has to write it itself."""
     thought, said = thinking_of(message), message["content"] or ""
-    own_blanks = said[: len(said) - len(said.lstrip())]
-    lead = lead.removesuffix(own_blanks)
+    lead = lead.removesuffix(said[: len(said) - len(said.lstrip())])
     if channel := _CHANNEL.search(lead):
         what = "answers are written into channels, whose names the model writes itself"
         yield Found("thinking", "info", what, lead[:80])
         lead = lead[: channel.start()]
     bare = _TAG.sub("", lead.replace(thought, "", 1) if thought else lead)
+    before = _TAG.split(lead.partition(thought)[0] if thought else lead)[0]
+    ends_with = f"the prompt ends with {turn.prompt[-40:]!r}"
     if bare.strip():
+        # some formats let the model write the recipient of an answer; the role of an answer is in every prompt
+        whole = turn.prompt == turn.history or re.search("assistant|model|bot", bare, re.IGNORECASE)
+        what = f"the prompt at inference lacks {_short(bare)}, which stands before the answer in training"
         yield Found(
-            "generation-prompt",
-            "error",
-            f"the prompt at inference lacks {_short(bare)}, which stands before the answer in training: "
-            "the model has to write it itself",
-            f"the prompt ends with {turn.prompt[-40:]!r}",
+            "generation-prompt", "error" if whole else "warning", f"{what}: the model has to write it", ends_with
         )
-    elif "\n" in _TAG.split(lead)[0]:
-        yield Found(
-            "newlines",
-            "error",
-            f"the training text has {lead!r} between the prompt and the answer, which the prompt at inference lacks",
-            f"the prompt ends with {turn.prompt[-40:]!r}",
-        )
+    elif "\n" in before and not _TAG.search(turn.prompt[-24:]):
+        what = f"the prompt at inference lacks {before!r}, which stands before the answer in training"
+        yield Found("newlines", "warning", f"{what}: the model has to write it", ends_with)
 
 
-def _check_tail(tail: str, message: Message, bench: Bench) -> Iterator[Found]:
-    if message.get("tool_calls"):
-        tail = tail[-200:]
-    ends = [index for index, _ in bench.encoder.split(tail) if index >= 0]
+def _check_tail(tail: str, bench: Bench) -> Iterator[Found]:
+    ends: list[int] = []
+    for index, text in reversed(bench.encoder.split(tail)):
+        if index < 0 and text.strip():
+            break
+        ends = [index, *ends] if index >= 0 else ends
     if not ends:
         added = [text for text in bench.added() if text and text in tail]
         why = f" ({added[0]} is in the vocabulary, but no special token)" if added else ""
@@ -275,7 +272,7 @@ def _parameters(function: dict[str, Any]) -> list[str]:
 
 def _check_thinking(view: View, turns: list[Turn]) -> Iterator[Found]:
     for turn in turns:
-        thought = thinking_of(view.messages[turn.index])
+        thought = thinking_of(view.messages[turn.at])
         if not thought or thought in turn.upto:
             continue
         if _TAG.search(turn.prompt[-24:]):
@@ -392,10 +389,13 @@ def _compare_masks(theirs: list[bool], ours: list[bool], ids: list[int], check: 
     stops = set(bench.renderer.stop_ids) | set(bench.model_stops) | set(bench.encoder.specials.values())
     for (start, stop), (first, end) in zip(given, wanted, strict=True):
         if start != first:
-            early = "before" if start < first else "after"
+            early = start < first
             token = bench.name(ids[min(start, first)])
-            message = f"{who} answers from {abs(start - first)} token(s) {early} their beginning"
-            yield Found(check, "error", message, f"the first token in question is {token}")
+            message = (
+                f"{who} answers from {abs(start - first)} token(s) {'before' if early else 'after'} their beginning"
+            )
+            # tokens of the prompt that are learned too are always the same; what is missing is never learned
+            yield Found(check, "warning" if early else "error", message, f"the first token in question is {token}")
             return
         if stop < end and ids[stop - 1] not in stops:
             message = f"{who} answers without their stop token, so the model never learns to stop"
@@ -443,9 +443,15 @@ def _compare_texts(ids: list[int], marks: list[bool], view: View, bench: Bench) 
     assert view.own_ids is not None and view.own_labels is not None
     marked = [bench.decode(ids[a:b]) for a, b in segments([0 if flag else IGNORED for flag in marks])]
     learned = [bench.decode(view.own_ids[a:b]) for a, b in segments(view.own_labels)]
-    if list(map(_letters, marked)) != list(map(_letters, learned)):
-        message = "{% generation %} marks other text than the answers and their stop tokens"
-        yield Found("generation-marks", "error", message, _beside("".join(marked), "".join(learned)))
+    theirs, ours = [[_letters(text) for text in texts] for texts in (marked, learned)]
+    if theirs == ours:
+        return
+    detail = _beside("".join(marked), "".join(learned))
+    if len(theirs) == len(ours) and all(a.endswith(b) for a, b in zip(theirs, ours, strict=True)):
+        yield Found("generation-marks", "warning", "{% generation %} marks a part of the prompt, too", detail)
+        return
+    message = "{% generation %} marks other text than the answers and their stop tokens"
+    yield Found("generation-marks", "error", message, detail)
 
 
 # ---- one case, as other engines build it ----

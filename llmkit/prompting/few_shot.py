@@ -67,8 +67,8 @@ class Demonstrations:
         same = normalise(text)
         left = [i for i in range(len(self.examples)) if not self._is_case(i, same, case)]
         rule = self.settings
-        if rule.choose == "same":
-            left = [i for i in left if self.examples[i][rule.category] == case.get(rule.category or "")]
+        if rule.choose == "same" and rule.category:
+            left = [i for i in left if self.examples[i][rule.category] == case.get(rule.category)]
         if rule.choose == "random":
             chosen = random.Random(f"{rule.seed} {same}").sample(left, min(rule.count, len(left)))
         elif scores is not None:

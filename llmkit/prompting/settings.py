@@ -143,7 +143,7 @@ def _schema_mistake(schema: Mapping[str, Any]) -> str:
     except ImportError:
         return "" if "type" in schema or "properties" in schema else "has neither `type` nor `properties`"
     try:
-        jsonschema.validators.validator_for(schema).check_schema(schema)
+        jsonschema.validators.validator_for(schema).check_schema(dict(schema))
     except jsonschema.SchemaError as error:
         where = "".join(f".{part}" for part in error.absolute_path)
         return f"is no JSON schema: {where.lstrip('.')}{': ' if where else ''}{error.message}"

@@ -5,7 +5,7 @@ It renders with the tokenizer's own chat template, then tokenizes with ``add_spe
 
 - tools pass through its request types: ``type`` and ``function`` with ``name``, ``description`` and ``parameters`` in
   this order, None where one is missing, anything unknown dropped;
-- contents become lists of parts where the template loops over the content of a message;
+- contents become lists of parts where the template loops over the content of a message, those of tools excepted;
 - ``developer`` becomes ``system`` where the template never says ``developer``.
 """
 
@@ -40,7 +40,7 @@ def message_form(messages: list[Message], template: str) -> list[Message]:
     if not knows and any(message["role"] == "developer" for message in messages):
         messages = _one_system([m | {"role": "system"} if m["role"] == "developer" else m for m in messages])
     if loops_over_content(template):
-        for message in messages:
+        for message in (message for message in messages if message["role"] != "tool"):
             message["content"] = [{"type": "text", "text": message["content"]}] if message["content"] else []
     return messages
 

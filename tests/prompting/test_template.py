@@ -245,3 +245,11 @@ def test_query_rewriting_shows_similar_queries_of_the_category(
     assert shown[-1]["query"] == nearest
     itself = shown[-1] | {"rewrite": "?"}
     assert nearest not in [example["query"] for example in demonstrations.pick(itself)]
+
+
+def test_the_template_of_the_guide_is_one() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/prompt-templates.md").read_text(encoding="utf-8")
+    block = page.split("```jinja\n")[1].split("```")[0]
+    template = PromptTemplate.parse(block, "prompt-templates.md")
+    messages: Any = template.render({"query": "a", "category": "b"}, [{"query": "c", "rewrite": "d"}])
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
