@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
-from llmkit.data.guard.language import LANGUAGES, detect
 from llmkit.data.rows import Message
 from llmkit.errors import DataError
 from llmkit.prompting import similarity
@@ -103,6 +102,8 @@ class Mistake(NamedTuple):
     hint: str = ""
 
 
+LANGUAGES = ("ko", "ja", "zh", *"en de fr es pt it nl pl tr vi id sv ru uk".split(), "ar", "th", "hi", "el", "he")
+"""Those that ``llmkit.data.guard.language`` can tell."""
 _OTHER_SCRIPTS = ("ko", "ja", "zh", "ru", "uk", "ar", "th", "hi", "el", "he")
 
 Verdict = tuple[bool, float, str]
@@ -271,6 +272,8 @@ def _one_of(given: Given, wanted: Assertion) -> Verdict:
 
 
 def _language_is(given: Given, wanted: Assertion) -> Verdict:
+    from llmkit.data.guard.language import detect  # needs numpy, which reading a recipe must not load
+
     found = detect(given.output)
     if found:
         return _binary(found == wanted.value, f"is {found}")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from llmkit.context import Result, RunContext
+from llmkit.errors import UsageError
 from llmkit.inference.settings import (
     EndpointSettings,
     GenerationSettings,
@@ -147,6 +148,8 @@ def run(recipe: Recipe, ctx: RunContext) -> Result:
     from llmkit.prompting import publish
     from llmkit.prompting.suite import open_suite
 
+    if ctx.resume not in ("auto", "never"):
+        raise UsageError("--resume: a prompt test has no checkpoints; the same command goes on with the answers it has.")
     suite = open_suite(recipe)
     publish.record_inputs(suite, ctx.tracker)
     before = publish.run_before(ctx.output_dir, recipe.compare_to)

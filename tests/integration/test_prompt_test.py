@@ -55,26 +55,25 @@ def test_the_demo_from_the_command_line(run_llmkit: Callable[..., Any], demo_mod
     assert "⟦Phone accessories<|im_end|>" in shown.stdout
 
 
-def test_the_shipped_templates_from_python(
-    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    """One case for each of the six templates, in Korean, Chinese and English, without weights; one answered."""
+def test_the_shipped_templates_from_python(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six templates in English, Korean and Chinese: checked, and answered with a few tokens each."""
     monkeypatch.chdir(tmp_path)
-    keys: dict[str, Any] = {"models": str(demo_model), "tracking": {"enabled": False}}
-    for language in ("en", "ko", "zh"):
-        recipe = RECIPE.with_name(f"{language}-ecommerce.yaml")
-        result = llmkit.prompt_test(recipe, keys | {"dynamic": False, "max_length": 2048})
-        assert result.metrics["static_errors"] == 0, (tmp_path / f"runs/{language}-ecommerce/report.md").read_text()
-        assert "pass_rate" not in result.metrics
-    case = {"vars": {"title": "아이폰 케이스", "categories": ["휴대폰", "케이스"], "category": "케이스"}}
-    asked = keys | {
-        "templates": "ko-category-matching", "cases": [case | {"assert": [{"type": "one-of", "value": "{{ categories }}"}]}],
-        "generation": {"max_new_tokens": 4}, "default_assert": [{"type": "tokens", "threshold": 0}], "compare_to": None,
+    keys = {
+        "models": str(demo_model), "tracking": {"enabled": False}, "max_length": 2048,
+        "generation": {"max_new_tokens": 6}, "thresholds": {"overall": 0.0},
     }  # fmt: skip
+    for language in ("en", "ko", "zh"):
+        result = llmkit.prompt_test(RECIPE.with_name(f"{language}-ecommerce.yaml"), keys)
+        report = (result.output_dir / "report.md").read_text(encoding="utf-8")
+        assert result.metrics["static_errors"] == 0, report
+        assert result.metrics["errors"] == 0, report
+        templates = [name for name in result.metrics if name.startswith("pass_rate/template/")]
+        assert len(templates) == 6
     with pytest.raises(GateError) as raised:
-        llmkit.prompt_test(RECIPE, asked, output_dir="ko")
-    assert raised.value.metrics["cases"] == 1
-    assert (tmp_path / "ko" / raised.value.artifacts["page"]).is_file()
+        llmkit.prompt_test(RECIPE.with_name("zh-ecommerce.yaml"), keys | {"thresholds": {"overall": 1.0}})
+    assert raised.value.metrics["cases"] == 7
+    assert raised.value.metrics["broke"] == 0
+    assert (tmp_path / "runs/zh-ecommerce" / raised.value.artifacts["page"]).is_file()
 
 
 def test_a_url_from_the_command_line(run_llmkit: Callable[..., Any], tiny_llama: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import pytest
 from llmkit.errors import DataError
 from llmkit.prompting.assertions import (
     KINDS,
+    LANGUAGES,
     Assertion,
     Given,
     Grade,
@@ -218,6 +221,23 @@ def test_every_kind_has_an_example_here_and_a_line_in_the_docs() -> None:
         "latency", "tokens", "perplexity", "perplexity-score", "similar", "llm-rubric", "no-pii", "assert-set",
     }  # fmt: skip
     assert set(KINDS) == shown
+
+
+def test_the_languages_are_those_that_are_told() -> None:
+    from llmkit.data.guard import language
+
+    assert set(LANGUAGES) == set(language.LANGUAGES)
+
+
+def test_reading_assertions_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from llmkit.prompting.assertions import read; from llmkit.prompting.cases import inline_mistakes\n"
+        "assert not read([{'type': 'language', 'value': 'ko'}, {'type': 'bleu', 'value': 'x'}])[1]\n"
+        "assert not list(inline_mistakes([{'vars': {}}]))\n"
+        "print({name.split('.')[0] for name in sys.modules} & {'torch', 'numpy', 'transformers', 'datasets', 'pyarrow'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_what_is_needed_is_seen_in_sets_too() -> None:

@@ -128,6 +128,16 @@ def test_a_changed_template_is_compared_with_the_run_before(work: Path, tiny_lla
         llmkit.prompt_test(given, {"compare_to": "none"}, output_dir=work / "third")
 
 
+def test_the_folder_of_another_stage_is_left_alone(work: Path, tiny_llama: Path) -> None:
+    llmkit.prompt_test(recipe(tiny_llama, dynamic=False))
+    run = work / "runs/t/run.json"
+    run.write_text(run.read_text().replace('"prompt-test"', '"lora"'))
+    with pytest.raises(UsageError, match="its stage is lora, not prompt-test"):
+        llmkit.prompt_test(recipe(tiny_llama))
+    with pytest.raises(UsageError, match="a prompt test has no checkpoints"):
+        llmkit.prompt_test(recipe(tiny_llama), output_dir="other", resume=str(work))
+
+
 def test_two_versions_in_one_recipe_are_set_beside_each_other(work: Path, tiny_llama: Path) -> None:
     write(work, "c", 2, "Please say: ")
     (work / "c.jinja").write_text((work / "c.jinja").read_text().replace("name: c", "name: a"))
