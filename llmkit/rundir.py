@@ -131,14 +131,15 @@ def _compare(
     result = read_result(folder)
     done = result is not None and result.status == "done"
     why = _difference(folder, stage, recipe, old)
+    starts_over = recipe.starts_over and old.stage == stage
     if why:
-        if recipe.starts_over:
+        if starts_over:
             return Finding("set_aside", f"it was of another recipe ({why})")
         if has_work or done:
             raise UsageError(f"{folder} holds a run of another recipe: {why}. {_fixes()}")
         return Finding("set_aside", f"it was of another recipe ({why}) and had not trained anything")
     changed = _changed(old.data, data)
-    if changed and recipe.starts_over:
+    if changed and starts_over:
         return Finding("set_aside", f"changed since: {', '.join(changed)}")
     if changed and (has_work or done):
         raise UsageError(f"The data changed since the run in {folder} began: {', '.join(changed)}. {_fixes()}")
