@@ -43,26 +43,25 @@ MODELS: dict[str, dict[str, Any]] = {
 LORA = {"adapter": {"r": 16}}
 SETTINGS: list[dict[str, Any]] = [
     {"name": "base", "model": "llama-13m", "length": 128, "batch": 1, "part": "base"},
-    {"name": "13m 512x4", "model": "llama-13m", "length": 512, "batch": 4, "part": "known"},
-    {"name": "29m fp32 256x8", "model": "llama-29m", "dtype": "float32", "length": 256, "batch": 8, "part": "known"},
-    {"name": "54m qwen 512x4", "model": "qwen-54m", "length": 512, "batch": 4, "part": "known"},
-    {"name": "101m 256x4", "model": "llama-101m", "length": 256, "batch": 4, "part": "held-out"},
     {"name": "135m 256x4", "model": "demo", "length": 256, "batch": 4, "part": "known"},
-    {"name": "135m fp32 512x1", "model": "demo", "dtype": "float32", "length": 512, "batch": 1, "part": "held-out"},
+    {"name": "13m 512x4", "model": "llama-13m", "length": 512, "batch": 4, "part": "known"},
+    {"name": "101m 256x4", "model": "llama-101m", "length": 256, "batch": 4, "part": "held-out"},
     {"name": "135m lora 256x4", "model": "demo", "length": 256, "batch": 4, "part": "known", **LORA},
     {"name": "54m qwen lora 1024x1", "model": "qwen-54m", "length": 1024, "batch": 1, "part": "held-out", **LORA},
-    {"name": "54m qwen checkpointing accumulated 512x2", "model": "qwen-54m", "length": 512, "batch": 2, "accumulation": 2, "checkpointing": True, "part": "known"},
-    {"name": "135m checkpointing 256x4", "model": "demo", "length": 256, "batch": 4, "checkpointing": True, "part": "held-out"},
-    {"name": "101m mixed fp32+bf16 256x4", "model": "llama-101m", "dtype": "float32", "mixed": True, "length": 256, "batch": 4, "part": "known"},
-    {"name": "29m accumulated 256x4", "model": "llama-29m", "length": 256, "batch": 4, "accumulation": 3, "part": "held-out"},
+    {"name": "29m fp32 256x4", "model": "llama-29m", "dtype": "float32", "length": 256, "batch": 4, "part": "known"},
+    {"name": "135m fp32 256x1", "model": "demo", "dtype": "float32", "length": 256, "batch": 1, "part": "held-out"},
+    {"name": "54m qwen 512x2", "model": "qwen-54m", "length": 512, "batch": 2, "part": "known"},
+    {"name": "135m checkpointing 256x2", "model": "demo", "length": 256, "batch": 2, "checkpointing": True, "part": "held-out"},
+    {"name": "101m mixed fp32+bf16 256x2", "model": "llama-101m", "dtype": "float32", "mixed": True, "length": 256, "batch": 2, "part": "known"},
+    {"name": "29m accumulated 256x2", "model": "llama-29m", "length": 256, "batch": 2, "accumulation": 3, "part": "held-out"},
     {"name": "29m zero2 256x4", "model": "llama-29m", "length": 256, "batch": 4, "zero": "zero2", "part": "known"},
     {"name": "54m qwen zero3 512x2", "model": "qwen-54m", "length": 512, "batch": 2, "zero": "zero3", "part": "held-out"},
-    {"name": "29m fp32 no parts 512x8", "model": "llama-29m", "dtype": "float32", "length": 512, "batch": 8, "micro": 0, "part": "known"},
-    {"name": "54m qwen no parts 512x6", "model": "qwen-54m", "length": 512, "batch": 6, "micro": 0, "part": "held-out"},
+    {"name": "13m no parts 512x12", "model": "llama-13m", "length": 512, "batch": 12, "micro": 0, "part": "known"},
+    {"name": "54m qwen no parts 512x5", "model": "qwen-54m", "length": 512, "batch": 5, "micro": 0, "part": "held-out"},
+    {"name": "54m qwen checkpointing accumulated 256x2", "model": "qwen-54m", "length": 256, "batch": 2, "accumulation": 2, "checkpointing": True, "part": "known"},
+    {"name": "101m fp32 128x2", "model": "llama-101m", "dtype": "float32", "length": 128, "batch": 2, "part": "held-out"},
     {"name": "29m zero3 256x4, 2 processes", "model": "llama-29m", "length": 256, "batch": 4, "zero": "zero3", "processes": 2, "part": "known"},
     {"name": "29m ddp 256x4, 2 processes", "model": "llama-29m", "length": 256, "batch": 4, "processes": 2, "part": "held-out"},
-    {"name": "54m qwen zero1 256x4, 2 processes", "model": "qwen-54m", "length": 256, "batch": 4, "zero": "zero1", "processes": 2, "part": "held-out"},
-    {"name": "101m fp32 256x2", "model": "llama-101m", "dtype": "float32", "length": 256, "batch": 2, "part": "held-out"},
 ]  # fmt: skip
 
 
@@ -293,7 +292,6 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     known = {r["name"]: r for r in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
     if args.score:
         chosen = [s for s in SETTINGS if s["name"] in known and args.part in ("all", s["part"])]
-    beside = theirs([s for s in chosen if s["part"] != "base"], folder)
     for setting in chosen:
         if args.score:
             found = known[setting["name"]]
@@ -303,7 +301,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
             if "failed" not in found:
                 with kept.open("a") as file:
                     file.write(json.dumps({"name": setting["name"], **found}) + "\n")
-        row = setting | found | beside.get(setting["name"], {})
+        row = setting | found
         if "failed" in row:
             print(f"{setting['name']}: {row['failed']}", flush=True)
         else:
@@ -313,6 +311,8 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
                 f"{error:+6.1%}, process {row['process'] / 1e9:.2f} GB, {row['seconds']:.0f} s", flush=True,
             )  # fmt: skip
         rows.append(row)
+    beside = theirs([s for s in chosen if s["part"] != "base"], folder)
+    rows = [row | beside.get(row["name"], {}) for row in rows]
     counted = [r for r in rows if r["part"] != "base" and "failed" not in r]
     parts = {part: [r for r in counted if r["part"] == part] for part in ("known", "held-out")}
     summary = {part: errors(found) for part, found in {**parts, "all": counted}.items() if found}

@@ -31,6 +31,11 @@ QUERY_BLOCK = 128
 """As training/attention.py: queries scored at once on a CPU."""
 MAPPED = 32 << 20
 """As training/allocator.py: blocks of this size are mapped one by one by the C library, smaller ones lie in its heap."""
+KERNEL = 0.68e6
+"""Bytes of a bfloat16 product's compiled kernel in oneDNN, which a CPU multiplies with: measured over 64 shapes (docs/memory.md).
+float32 goes through MKL, which keeps none."""
+KERNELS_KEPT = 1024
+"""Kernels that oneDNN keeps (ONEDNN_PRIMITIVE_CACHE_CAPACITY)."""
 ON_THE_WAY = 0.18e9
 """What a process on a CPU takes beyond its imports until a run has ended: tokenizer and Arrow, the first kernels of the
 matrix library, autograd, checkpoint and plots. Measured with the smallest model (benchmarks/plan_accuracy.py)."""
@@ -96,6 +101,10 @@ class Setup:
     fused_loss: bool = True
     processes: int = 1
     sharding: Sharding = Sharding()
+    totals: int = 1
+    """Different numbers of tokens of a pass in the run."""
+    blocks: int = 0
+    """Different shapes of blocks of attention in the run."""
 
     @property
     def element(self) -> int:
@@ -405,6 +414,20 @@ def cast_weights(setup: Setup) -> float:
     return size / max(setup.architecture.layers, 1) if setup.checkpointing else float(size)
 
 
+def kernels(setup: Setup) -> float:
+    """Bytes of the kernels that oneDNN compiles for each shape of a product in a half type, and keeps.
+
+    Each matrix has three products for every number of tokens (output, two gradients; adapted ones eight), the output layer
+    three for every size of chunk, each block of attention six, for its strides follow the number of tokens too.
+    """
+    if not setup.cpu or setup.element == 4:
+        return 0.0
+    shapes = {t.shape for t in setup.architecture.linears if t.in_layer}
+    products = len(shapes) * (3 if setup.adapter is None else 8)
+    attention = 6 * setup.blocks if setup.flash else 0
+    return min(KERNELS_KEPT, setup.totals * (products + 3) + attention) * KERNEL
+
+
 # All together
 
 
@@ -492,6 +515,8 @@ def _passing(setup: Setup) -> Iterator[Term]:
     yield Term(
         "logits", outer, outer, "a chunk at a time, and the output layer's gradient" if setup.fused_loss else "whole"
     )
+    if compiled := kernels(setup):
+        yield Term("kernels", compiled, compiled, "compiled by oneDNN for each shape that it meets, and kept")
     space = working_space(setup) + cast_weights(setup) + _step_space(setup)
     yield Term(
         "working space", space, space, "gradients on their way" + (", weights in the lower type" if setup.mixed else "")

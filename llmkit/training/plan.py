@@ -239,6 +239,8 @@ class Planner:
             fused_loss=not a.changes_logits,
             processes=self.processes,
             sharding=sharding,
+            totals=found.totals,
+            blocks=found.blocks,
         )
 
     def passes(self, batch: int) -> Passes:

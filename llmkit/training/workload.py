@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice, pairwise
@@ -22,8 +22,10 @@ from llmkit.data.settings import DataSettings, EvalSplitSettings
 from llmkit.data.sources import Source, train_sources
 from llmkit.errors import LlmkitError, MissingError
 from llmkit.modeling.locate import find_folder
+from llmkit.modeling.memory import QUERY_BLOCK
 from llmkit.modeling.settings import ModelSettings
 from llmkit.training.settings import TrainingRecipe
+from llmkit.training.shapes import rounded_up
 
 ROWS = 400
 """Rows of each source that are looked at."""
@@ -33,7 +35,7 @@ BYTES_PER_TOKEN = 4.0
 """Where there is no tokenizer to ask: about what English takes with vocabularies of 30,000 to 150,000."""
 MARKERS = 5
 """Tokens that a chat template puts around a message: role, markers, line ends."""
-_DRAWN = 2_000
+_DRAWN = 500
 _WHOLE = 200_000_000
 _REPORT = "data_report.json"
 
@@ -59,11 +61,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class Passes:
-    """``tokens`` of the largest part that goes through the model at once, ``rows`` its longest row, ``parts`` of a batch."""
+    """``tokens`` of the largest part that goes through the model at once, ``row`` the longest row, ``parts`` of a batch.
+
+    ``totals`` and ``blocks`` count different shapes: of whole parts, and of blocks of attention in them (attention.py).
+    """
 
     tokens: int
     row: int
     parts: int
+    totals: int = 1
+    blocks: int = 0
 
 
 def workload(recipe: TrainingRecipe) -> Workload:
@@ -85,26 +92,57 @@ def passes(
 
     ``part_tokens`` bounds a part, 0 for no bound; a sequence is never cut (training/batching.py).
     """
-    if recipe.data.packing:
-        lengths: Sequence[int] = (recipe.data.max_length,)
-    else:
-        lengths = load.lengths
     draw = random.Random(recipe.seed)
     largest = parts = longest = 0
+    totals: set[int] = set()
+    blocks: set[tuple[int, int, int]] = set()
     for _ in range(max(1, min(batches, _DRAWN))):
-        group = held = 0
-        count = 1
-        rows = draw.choices(lengths, k=batch)
-        longest = max(longest, *rows)
+        drawn = [_sequence(recipe, load, draw) for _ in range(batch)]
+        sizes = [recipe.data.max_length if recipe.data.packing else sum(rows) for rows in drawn]
+        longest = max(longest, *(row for rows in drawn for row in rows))
         if seq2seq:  # padded to the longest, input and answer
-            largest, parts = max(largest, 2 * batch * max(rows)), max(parts, 1)
+            largest, parts = max(largest, 2 * batch * max(sizes)), max(parts, 1)
             continue
-        for row in rows:
-            if held and part_tokens and held + row > part_tokens:
-                group, held, count = max(group, held), 0, count + 1
-            held += row
-        largest, parts = max(largest, group, held), max(parts, count)
-    return Passes(largest, longest, parts)
+        groups = _groups(sizes, part_tokens)
+        largest, parts = max(largest, *(sum(sizes[i] for i in group) for group in groups)), max(parts, len(groups))
+        for group in groups:
+            rows = [row for i in group for row in drawn[i]]
+            total = rounded_up(sum(rows))
+            totals.add(total)
+            blocks |= {(total, *block) for row in rows for block in _blocks(row)}
+    return Passes(largest, longest, parts, max(1, len(totals)), len(blocks))
+
+
+def _groups(sizes: list[int], part_tokens: int) -> list[list[int]]:
+    """Sequences by number, as training/batching.py divides a batch into parts."""
+    groups: list[list[int]] = [[]]
+    held = 0
+    for number, size in enumerate(sizes):
+        if groups[-1] and part_tokens and held + size > part_tokens:
+            groups.append([])
+            held = 0
+        groups[-1].append(number)
+        held += size
+    return groups
+
+
+def _sequence(recipe: TrainingRecipe, load: Workload, draw: random.Random) -> list[int]:
+    """Lengths of the rows of one sequence. Packed: rows that fill it but for a few per cent, as best fit does."""
+    if not recipe.data.packing:
+        return [draw.choice(load.lengths)]
+    room = recipe.data.max_length - draw.randrange(1 + round(2 * (1 - PACKED) * recipe.data.max_length))
+    rows: list[int] = []
+    while room > 0:
+        rows.append(min(room, draw.choice(load.lengths)))
+        room -= rows[-1]
+    return rows
+
+
+def _blocks(row: int) -> Iterator[tuple[int, int]]:
+    """Queries and keys of the blocks that a row's attention is computed in, rounded up."""
+    for first in range(0, row, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, row)
+        yield rounded_up(last - first), rounded_up(last)
 
 
 # From an earlier start

@@ -9,6 +9,7 @@ import pytest
 
 from llmkit.modeling.architecture import Architecture, Tensor
 from llmkit.modeling.memory import (
+    KERNEL,
     ON_THE_WAY,
     Setup,
     Sharding,
@@ -19,6 +20,7 @@ from llmkit.modeling.memory import (
     disk,
     flops_per_token,
     head_gradient,
+    kernels,
     layer_activations,
     logits,
     optimizer_states,
@@ -244,3 +246,13 @@ def test_head_gradient_is_there_only_where_the_head_learns() -> None:
     assert head_gradient(setup()) == 2 * V * H
     assert head_gradient(setup(adapter=AdapterSettings())) == 0
     assert head_gradient(setup(adapter=AdapterSettings(modules_to_save=["lm_head"]))) == 2 * V * H
+
+
+def test_compiled_kernels() -> None:
+    """Four shapes of matrices: q and o, k and v, gate and up, down. Three products each, and three of the output layer."""
+    assert kernels(setup(totals=2, blocks=10)) == (2 * (4 * 3 + 3) + 6 * 10) * KERNEL
+    assert kernels(setup(adapter=AdapterSettings(), totals=1)) == (4 * 8 + 3) * KERNEL
+    assert kernels(setup(totals=1000, blocks=1000)) == 1024 * KERNEL  # as many as the library keeps
+    assert kernels(setup(dtype="float32", totals=2)) == 0
+    assert kernels(setup(dtype="float32", mixed="bfloat16", totals=2)) > 0
+    assert kernels(setup(cpu=False)) == 0

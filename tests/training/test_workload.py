@@ -124,6 +124,13 @@ def test_the_largest_part_of_many_batches(tiny_llama: Path) -> None:
     assert padded.tokens == 2 * 4 * 300
 
 
+def test_different_shapes_are_counted(tiny_llama: Path) -> None:
+    """Rows of 100 and 300 tokens: totals of 128 and 320; blocks of (128, 128), and (128, 128), (128, 256), (64, 320)."""
+    given = recipe(tiny_llama, {"train": "x.jsonl", "max_length": 512})
+    found = passes(given, LOAD, batch=1, part_tokens=0, batches=100, seq2seq=False)
+    assert (found.totals, found.blocks) == (2, 4)
+
+
 def test_packed_sequences(tiny_llama: Path) -> None:
     given = recipe(tiny_llama, {"train": "x.jsonl", "max_length": 512, "packing": True})
     assert passes(given, LOAD, batch=3, part_tokens=0, batches=5, seq2seq=False).tokens == 3 * 512
