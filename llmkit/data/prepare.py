@@ -123,7 +123,7 @@ def cache_key(
     # the template's text, the system message and the mask rule are in the renderer's fingerprint
     weights = [source.weight for source in train_sources(settings, key)]
     seeded = isinstance(settings.eval, EvalSplitSettings) or any(weight != int(weight) for weight in weights)
-    whole = [described, digests, renderer.fingerprint, seed if seeded else None, key, _code_version()]
+    whole: list[Any] = [described, digests, renderer.fingerprint, seed if seeded else None, key, _code_version()]
     if settings.guard is not None:
         whole.append(guard_identity(settings.guard))
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]

@@ -53,7 +53,7 @@ def merge(run_dir: Path, out: Path | None = None) -> MergeReport:
         raise UsageError(f"{target} is there already; it is not overwritten. Give another --output, or remove it")
     tokenizer = open_tokenizer(adapter)
     peft_model, info, base_folder = load_adapter(adapter, dtype="float32")
-    dtype = saved_dtype(base_folder)
+    dtype, trained = saved_dtype(base_folder), info.quantized
     ids = probe_ids(tokenizer)
     unmerged = logits_of(peft_model, ids)
     with peft_model.disable_adapter():
@@ -84,7 +84,7 @@ def merge(run_dir: Path, out: Path | None = None) -> MergeReport:
         tolerance=bound,
         rounding=rounded.relative,
         effect=difference(unmerged, base).relative,
-        quantization=info.quantized and f"{info.quantized.type} in training; merged into the unquantized base",
+        quantization=f"{trained.type} in training; merged into the unquantized base" if trained else None,
     )
 
 

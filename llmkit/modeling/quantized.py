@@ -70,9 +70,9 @@ def loading_arguments(quantization: QuantizationSettings, device: str | int) -> 
 
 def use_own_product(model: nn.Module) -> int:
     """Turn every layer of bitsandbytes in ``model`` into a :class:`QuantizedLinear`; gives their number."""
-    import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
-    found = [m for m in model.modules() if isinstance(m, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))]
+    found: list[Any] = [m for m in model.modules() if isinstance(m, (Linear4bit, Linear8bitLt))]
     for module in found:
         module.__class__ = _own(type(module))
     return len(found)
@@ -132,8 +132,8 @@ def _scales(parameter: Any) -> int:
 
 def describe(model: nn.Module, quantization: QuantizationSettings) -> str:
     """How much of ``model`` is quantized, for the reader."""
-    inside = [m.weight for m in model.modules() if isinstance(m, QuantizedLinear)]
-    few_bits = sum(weights_of(weight) for weight in inside)  # type: ignore[arg-type]
+    inside: list[Any] = [m.weight for m in model.modules() if isinstance(m, QuantizedLinear)]
+    few_bits = sum(weights_of(weight) for weight in inside)
     whole = sum(weights_of(parameter) for parameter in model.parameters())
     return (
         f"{few_bits:,} of {whole:,} weights are kept in {quantization.type}, the rest (embeddings, output layer, norms) as they"

@@ -112,8 +112,9 @@ def _is_plain(module: nn.Module) -> bool:
     if not isinstance(module, LoraLayer):
         return False
     base: Any = module.base_layer
-    ordinary = type(module) is LoraLinear and type(base) is nn.Linear
-    if not (ordinary or (is_quantized(base) and type(module).__name__ == type(base).__name__)):
+    kind: type = type(module)
+    ordinary = kind is LoraLinear and type(base) is nn.Linear
+    if not (ordinary or (is_quantized(base) and kind.__name__ == type(base).__name__)):
         return False
     names: list[str] = list(module.active_adapters)
     return (
