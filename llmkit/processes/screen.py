@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import re
@@ -24,7 +25,9 @@ class Screen:
     """``child_end`` is given to a process as its stdout and stderr; it is a terminal where stderr is one."""
 
     def __init__(self, log: Path) -> None:
-        self._terminal = sys.stderr.isatty() if not in_notebook() else False
+        self._notebook = in_notebook()
+        self._terminal = not self._notebook and sys.stderr.isatty()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._end, self.child_end = os.openpty() if self._terminal else os.pipe()
         self._open, self._shown = True, True
         self._log: BinaryIO = log.open("ab")
@@ -76,8 +79,8 @@ class Screen:
         if not self._shown:
             return
         try:
-            if in_notebook():
-                sys.stderr.write(data.decode(errors="replace"))
+            if self._notebook:  # what is written to the descriptor ends in the log of the notebook's server
+                sys.stderr.write(self._decoder.decode(data))
                 sys.stderr.flush()
                 return
             while data:
