@@ -100,12 +100,19 @@ def init_recipe(stage: str) -> str:
     return textwrap.dedent(head).lstrip() + "\n" + "\n".join(_starter_lines(model, starter)).rstrip() + "\n"
 
 
+def _needs_thought(info: FieldInfo, inner: type[BaseModel]) -> bool:
+    """A block that is off and has keys without a default cannot be switched on line by line."""
+    return (
+        _default(info) is None and not info.is_required() and any(f.is_required() for f in inner.model_fields.values())
+    )
+
+
 def _starter_lines(model: type[BaseModel], starter: dict[str, Any], prefix: str = "") -> Iterator[str]:
     indent = "  " * prefix.count(".")
     for key, info in model.model_fields.items():
         path = prefix + key
         yield from (f"{indent}# {line}" for line in textwrap.wrap(_meaning(info), 110 - len(indent)))
-        if inner := _inner(info):
+        if (inner := _inner(info)) and not _needs_thought(info, inner):
             live = any(known.startswith(f"{path}.") for known in starter)
             yield f"{indent}{key}:" if live else f"{indent}# {key}:"
             lines = _starter_lines(inner, starter, f"{path}.")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.context import Result, RunContext
 from llmkit.data.guard.settings import GuardSettings
 from llmkit.errors import DataError
 from llmkit.modeling.settings import AdapterSettings
-from llmkit.recipe import LaunchSettings
+from llmkit.recipe import Conflict
 from llmkit.training.settings import TrainingRecipe
 
 if TYPE_CHECKING:
@@ -18,16 +19,18 @@ REPORT_MD, REPORT_HTML = "guard_report.md", "guard_report.html"
 
 
 class Recipe(TrainingRecipe):
-    """Look for personal data, duplicates, leaked test data, damaged rows and licences in the data of any training
-    recipe (sft, lora, cpt), as it is. Without ``data.guard`` the guard's defaults hold."""
+    """Check the data of a recipe for sft, lora or cpt, as it is; without ``data.guard`` the guard's defaults hold."""
 
     starts_over: ClassVar[bool] = True
+    several_processes: ClassVar[bool] = False
     folder_suffix: ClassVar[str] = "-check-data"
 
     adapter: AdapterSettings | None = None
     """The adapter of a recipe for `llmkit lora`; not looked at."""
-    launch: LaunchSettings = LaunchSettings(processes=1)
-    """How the run is started; the rows are checked by one process and its helpers."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        # the training that the recipe is for may have several processes; here all but the first have nothing to do
+        yield from (found for found in super().conflicts() if found.key != "launch.processes")
 
 
 def run(recipe: Recipe, ctx: RunContext) -> Result:
