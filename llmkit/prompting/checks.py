@@ -386,25 +386,34 @@ def _compare_masks(theirs: list[bool], ours: list[bool], ids: list[int], check: 
     if len(given) != len(wanted):
         yield Found(check, "error", f"{who} {len(given)} stretches of tokens where there are {len(wanted)} answers")
         return
-    stops = set(bench.renderer.stop_ids) | set(bench.model_stops) | set(bench.encoder.specials.values())
     for (start, stop), (first, end) in zip(given, wanted, strict=True):
-        if start != first:
-            early = start < first
-            token = bench.name(ids[min(start, first)])
-            message = (
-                f"{who} answers from {abs(start - first)} token(s) {'before' if early else 'after'} their beginning"
-            )
-            # tokens of the prompt that are learned too are always the same; what is missing is never learned
-            yield Found(check, "warning" if early else "error", message, f"the first token in question is {token}")
+        different = [
+            *_compare_start(start, first, ids, who, check, bench),
+            *_compare_end(stop, end, ids, who, check, bench),
+        ]
+        if different:
+            yield from different
             return
-        if stop < end and ids[stop - 1] not in stops:
-            message = f"{who} answers without their stop token, so the model never learns to stop"
-            yield Found(check, "error", message, f"the last one is {bench.name(ids[stop - 1])}")
-            return
-        if stop > end and bench.decode(ids[end:stop]).strip():
-            message = f"{who} {stop - end} token(s) after the end of answers"
-            yield Found(check, "error", message, bench.decode(ids[end:stop])[:60])
-            return
+
+
+def _compare_start(start: int, first: int, ids: list[int], who: str, check: str, bench: Bench) -> Iterator[Found]:
+    if start == first:
+        return
+    # tokens of the prompt that are learned too are always the same ones; what is missing is never learned
+    early = start < first
+    message = f"{who} answers from {abs(start - first)} token(s) {'before' if early else 'after'} their beginning"
+    detail = f"the first token in question is {bench.name(ids[min(start, first)])}"
+    yield Found(check, "warning" if early else "error", message, detail)
+
+
+def _compare_end(stop: int, end: int, ids: list[int], who: str, check: str, bench: Bench) -> Iterator[Found]:
+    stops = {*bench.renderer.stop_ids, *bench.model_stops, *bench.encoder.specials.values()}
+    if stop < end and ids[stop - 1] not in stops:
+        message = f"{who} answers without their stop token, so the model never learns to stop"
+        yield Found(check, "error", message, f"the last one is {bench.name(ids[stop - 1])}")
+    elif stop > end and bench.decode(ids[end:stop]).strip():
+        message = f"{who} {stop - end} token(s) after the end of answers"
+        yield Found(check, "error", message, bench.decode(ids[end:stop])[:60])
 
 
 def check_marks(view: View, bench: Bench) -> Iterator[Found]:
