@@ -266,7 +266,7 @@ class FittingTrainer(LlmkitTrainer):
         chosen = Chosen.read(self.ctx.output_dir)
         assert chosen is not None
         had, fewer = chosen.at_once, replace(chosen, at_once=chosen.at_once // 2)
-        if self.ctx.world_size > 1 or had <= 1:
+        if self.ctx.world_size > 1 or self.shards is not None or had <= 1:
             if had > 1:
                 fewer.write(self.ctx.output_dir)
                 raise WontFitError(

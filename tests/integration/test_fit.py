@@ -16,11 +16,11 @@ from llmkit.errors import WontFitError
 from llmkit.training.fit import FILE, Chosen
 
 TOY = Path(__file__).resolve().parents[1] / "toys" / "limited_run.py"
-LONG = "what is the capital of France and how many legs has a spider? " * 40
+LONG = "what is the capital of France and how many legs has a spider? " * 20
 
 
 def long_recipe(folder: Path, model: Path, **train: Any) -> dict[str, Any]:
-    """Eight rows of about 2,000 tokens, two steps of eight."""
+    """Sixteen rows of about 800 tokens, two steps of eight."""
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{i} {LONG}", "completion": LONG}) + "\n" for i in range(16)))
     given = {"num_train_epochs": 1, "micro_batch_tokens": 0, "per_device_train_batch_size": "auto", "save_steps": 1}
@@ -68,7 +68,7 @@ def test_a_resumed_run_keeps_its_number(tmp_path: Path, tiny_llama: Path) -> Non
 
 
 def test_what_does_not_fit_is_found_before_the_first_step(tmp_path: Path, tiny_llama: Path) -> None:
-    done = limited(tmp_path, long_recipe(tmp_path, tiny_llama), "BEFORE", 120)
+    done = limited(tmp_path, long_recipe(tmp_path, tiny_llama), "BEFORE", 40)
     assert done.returncode == 0, done.stderr[-3000:]
     chosen = Chosen.read(tmp_path / "out")
     assert chosen is not None
@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_found_before_the_first_step(tmp_path: Path, tiny_l
 
 def test_memory_that_runs_out_in_a_step_makes_it_smaller(tmp_path: Path, tiny_llama: Path) -> None:
     """The step is done again in smaller parts and is the same step: the weights are those of a run without a limit."""
-    done = limited(tmp_path, long_recipe(tmp_path, tiny_llama), "DURING", 100)
+    done = limited(tmp_path, long_recipe(tmp_path, tiny_llama), "DURING", 4)
     assert done.returncode == 0, done.stderr[-3000:]
     chosen = Chosen.read(tmp_path / "out")
     assert chosen is not None
