@@ -37,7 +37,8 @@ def recipe(arguments: argparse.Namespace, preset: str, kind: str, processes: int
         "name": f"{preset}-{kind}-{processes}", "output_dir": str(out), "seed": 0,
         "model": {"name_or_path": str(arguments.model), "dtype": "float32"},
         "data": {
-            "train": str(arguments.data), "max_length": 256, "on_too_long": "drop",
+            "train": str(arguments.data), "format": "prompt_completion",
+            "columns": {"prompt": "question", "completion": "answer"}, "max_length": 256, "on_too_long": "drop",
             "cache_dir": str(arguments.cache), "shuffle": False,
         },
         "train": {

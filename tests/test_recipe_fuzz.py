@@ -29,7 +29,7 @@ def test_200_damaged_recipes_are_read_or_refused_in_words(fuzz: ModuleType, tmp_
     fuzz.explore(200, 1, lambda case: seen.update([fuzz.outcome(case, tmp_path / "recipe.yaml")]))
     assert sum(seen.values()) >= 200
     assert seen["refused"] > 100
-    assert seen["valid"] > 2
+    assert seen["valid"] > 1
 
 
 def test_the_undamaged_recipe_is_valid(fuzz: ModuleType, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def _resolved(recipe: TrainingRecipe, ctx: RunContext, tokenizer: PreTrainedToke
         largest=largest,
         steps=None,
         warmup=None,
-        swap=ctx.output_dir / "nvme_swap",
+        swap=ctx.output_dir / zero_config.SWAP,
     )
     source = recipe.deepspeed if isinstance(recipe.deepspeed, str) else "deepspeed"
     return zero_config.resolve(given, recipe.train, facts, source=source)

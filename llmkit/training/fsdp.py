@@ -109,6 +109,9 @@ class Fsdp:
         for name, buffer in saved_buffers(self._model):
             yield from self._mine(name, buffer, buffer.dtype)
 
+    def close(self) -> None:
+        """Nothing is left behind."""
+
     def _mine(self, name: str, tensor: Tensor, kind: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         if self._ctx.is_main:
             yield name, tensor.detach().to("cpu", kind, copy=True)

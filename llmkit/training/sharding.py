@@ -51,6 +51,9 @@ class Shards(Protocol):
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole weights by name, one after the other and on the CPU; on the first process only, nothing on others."""
 
+    def close(self) -> None:
+        """The last call: there will be no more training."""
+
 
 def group_of_one() -> None:
     """A process group for one process alone, where there is none yet: engines talk to one whatever its size.

@@ -331,6 +331,7 @@ class LlmkitTrainer(Trainer):
         if self.shards is None:
             return self.model
         found = dict(self.shards.weights())
+        self.shards.close()
         return whole_model(self.model, found) if self.ctx.is_main else self.model
 
     def check_fits(self, checkpoint: Path) -> None:

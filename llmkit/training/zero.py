@@ -28,7 +28,6 @@ from llmkit.training.sharding import parameter_types, saved_buffers
 from llmkit.training.zero_config import Config, offload, stage_of
 
 FILE = "deepspeed.json"
-SWAP = "nvme_swap"
 
 
 class Zero:
@@ -112,6 +111,12 @@ class Zero:
         for name, buffer in saved_buffers(self.engine.module):
             yield from self._mine(name, buffer, buffer.dtype)
 
+    def close(self) -> None:
+        """The weights are out: what lay on a disk for them can go."""
+        dist.barrier()
+        if self._ctx.is_main:
+            shutil.rmtree(self._ctx.output_dir / zero_config.SWAP, ignore_errors=True)
+
     def _mine(self, name: str, tensor: Tensor, kind: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         if self._ctx.is_main:
             yield name, tensor.detach().to("cpu", kind, copy=True)
@@ -190,8 +195,12 @@ def check_nvme(config: Config) -> None:
     try:
         builder.load(verbose=False)
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise MissingError(f"deepspeed: the part for offload to NVMe cannot be built here: {lines[0]}") from error
+        said = [line.strip() for line in str(error).splitlines() if "error:" in line] or [type(error).__name__]
+        raise MissingError(
+            f"deepspeed: the part for offload to NVMe could not be compiled here: {said[0][:300]}\n"
+            "What it needs on Debian and Ubuntu: apt-get install g++ libaio-dev. What was half compiled lies in"
+            " ~/.cache/torch_extensions and can be removed."
+        ) from error
 
 
 def write_config(config: Config, ctx: RunContext) -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 AUTO = "auto"
+SWAP = "nvme_swap"
+"""Folder of a run for what is offloaded to a disk."""
 
 _BASE: Config = {
     "train_batch_size": AUTO,
