@@ -44,13 +44,24 @@ def run(recipe: Recipe, ctx: RunContext) -> Result:
     data = recipe.data.model_copy(update={"guard": guard})
     found, refusals = _licences(recipe, guard, ctx)
     verdict = examine(data, guard, ctx.output_dir / "work", ctx.output_dir, ctx.progress)
-    problems = [*refusals, *verdict.problems]
+    problems = [*refusals, *_unusable(verdict.report), *verdict.problems]
     numbers = metrics(verdict.report)
     artifacts = _publish(recipe, ctx, verdict, {"licences": found, "problems": problems})
     ctx.tracker.metrics(numbers, 0)
     if problems:
         raise DataError("\n".join([*problems, f"The whole report: {ctx.output_dir / REPORT_HTML}"]))
     return Result(stage="check-data", name=recipe.name, output_dir=ctx.output_dir, metrics=numbers, artifacts=artifacts)
+
+
+def _unusable(report: dict[str, Any]) -> list[str]:
+    """Rows that training would refuse, or that there are none at all."""
+    found = report.get("unusable", {"rows": 0, "first": []})
+    first = "\n".join(f"    {row['row']}: {row['reason']}" for row in found["first"][:3])
+    if not report["rows"]:
+        return [f"data.train: none of {found['rows']:,} rows can be learned from.\n{first}"]
+    if not found["rows"] or found["action"] != "error":
+        return []
+    return [f"data.on_bad_row: {found['rows']:,} rows cannot be learned from. The first:\n{first}"]
 
 
 def _licences(recipe: Recipe, guard: GuardSettings, ctx: RunContext) -> tuple[list[dict[str, str]], list[str]]:

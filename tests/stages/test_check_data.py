@@ -109,6 +109,16 @@ def test_documents_are_checked_too(recipe: Any, tmp_path: Path) -> None:
     assert found.metrics["guard_rows"] == 1
 
 
+def test_rows_that_training_would_refuse_are_exit_code_3(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe("launch: {processes: 2}", leak=False)
+    rows = path.parent / "data" / "train.jsonl"
+    rows.write_text(rows.read_text() + '{"prompt": "x"}\n')
+    change = "data.format=prompt_completion"
+    assert main(["check-data", str(path), change, "launch.processes=1"]) == 3
+    assert "train.jsonl:81" in capsys.readouterr().err
+    assert main(["check-data", str(path), change, "launch.processes=1", "data.on_bad_row=drop"]) == 0
+
+
 def test_dry_run_shows_the_folder_of_its_own(recipe: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["check-data", str(recipe()), "--dry-run"]) == 0
     assert str(tmp_path / "runs" / "shop-check-data") in capsys.readouterr().err

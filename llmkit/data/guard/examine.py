@@ -36,7 +36,6 @@ from llmkit.data.report import write_json
 from llmkit.data.rows import BadRow, RawRow, Sample
 from llmkit.data.settings import DataSettings
 from llmkit.data.sources import Source, eval_sources, test_sources, train_sources
-from llmkit.errors import DataError
 
 CHUNK = 1_000
 SAMPLE = 20_000
@@ -120,6 +119,8 @@ class _Examination:
         common = self._common()
         ledger = self._read_train(tests, common)
         report: dict[str, Any] = {"rows": ledger.rows, "test_rows": len(tests.ids)}
+        if findings.counts["unusable"]:
+            report["unusable"] = findings.summary("unusable", self._settings.on_bad_row)
         if self._audit is not None and guard.privacy is not None:
             report["privacy"] = self._audit.to_json() | findings.summary("privacy", guard.privacy.action)
         if guard.quality is not None:
@@ -168,7 +169,7 @@ class _Examination:
         for source in [*held_out, *(test_sources(self._settings) if leaks else [])]:
             personal: list[Mask] = []
             with self._progress.task(f"checking {source.path}", None, "rows") as task:
-                for samples, places, read in _samples(source):
+                for samples, places, read, _ in _samples(source):
                     if leaks is not None:
                         parts.append(_entries(samples, len(tests.ids), leaks.ngram))
                         keys += [_test_keys(sample) for sample in samples]
@@ -208,7 +209,7 @@ class _Examination:
         texts: dict[str, None] = {}
         for source in sources:
             wanted = max(1, SAMPLE // len(sources) // CHUNK)
-            for samples, _, _ in islice(_samples(source, streaming=True), wanted):
+            for samples, *_ in islice(_samples(source), wanted):
                 texts |= dict.fromkeys(view(sample).whole for sample in samples)
         return CommonShingles.of(list(texts), near.ignore_common)
 
@@ -224,16 +225,16 @@ class _Examination:
                 ledger.begin_source()
                 self._read_source(source, pool, ledger)
         ledger.finish()
-        if not ledger.rows:
-            raise DataError("data.guard: no row of data.train can be used, so none was checked.")
         return ledger
 
     def _read_source(self, source: Source, pool: Pool, ledger: Ledger) -> None:
         under_way: list[tuple[list[int], int]] = []
 
         def feed() -> Iterator[tuple[str, list[Sample]]]:
-            for samples, places, read in _samples(source):
+            for samples, places, read, bad in _samples(source):
                 under_way.append((places, read))
+                for row in bad:
+                    self._findings.add("unusable", self._settings.on_bad_row, row.row_id, row.reason)
                 yield source.key, samples
 
         before = 0
@@ -295,13 +296,14 @@ class _Examination:
         return self._findings.summary("perplexity", quality.action) | {"cut": at if np.isfinite(at) else None} | found
 
 
-def _samples(source: Source, *, streaming: bool = False) -> Iterator[tuple[list[Sample], list[int], int]]:
-    """Chunks of a source: the usable rows, their places among the chunk's rows, and how many those are."""
-    rows, make = open_source(source, new_report(source), streaming=streaming)
+def _samples(source: Source) -> Iterator[tuple[list[Sample], list[int], int, list[BadRow]]]:
+    """Chunks of a source: the usable rows, their places among the chunk's rows, how many those are, the unusable ones."""
+    rows, make = open_source(source, new_report(source))
     for chunk in chunks(rows, CHUNK):
         made = [make(row) if isinstance(row, RawRow) else row for row in chunk]
         places = [place for place, sample in enumerate(made) if not isinstance(sample, BadRow)]
-        yield [sample for sample in made if not isinstance(sample, BadRow)], places, len(chunk)
+        bad = [sample for sample in made if isinstance(sample, BadRow)]
+        yield [sample for sample in made if not isinstance(sample, BadRow)], places, len(chunk), bad
 
 
 def _entries(samples: Sequence[Sample], first: int, ngram: int) -> Entries:
@@ -346,6 +348,8 @@ def problems(findings: Findings, report: dict[str, Any]) -> list[str]:
     """What the recipe does not allow, each a paragraph of the one error message."""
     found = []
     for check, count in findings.refused.items():
+        if check == "unusable":  # preparation refuses these, in its own words
+            continue
         key, fix = _FIXES.get(check, _QUALITY_FIX)
         what = _NAMES.get(check, f"rows were named by the check `{check}`")
         first = "\n".join(f"    {entry['row']}: {entry['reason']}" for entry in findings.examples[check][:3])

@@ -83,6 +83,8 @@ def _lines(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def found_by_check(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """``action``, ``rows`` and ``first`` of every check of a guard report, by the check's name."""
     found: dict[str, Mapping[str, Any]] = {}
+    if "unusable" in report:
+        found["unusable"] = report["unusable"]
     if "privacy" in report:
         found["personal_data"] = report["privacy"]
     if "leaks" in report:

@@ -201,7 +201,8 @@ def _spans(values: Hashes, first: Offsets, last: Offsets) -> Hashes:
     """
     powers, inverses = _powers(len(values) + 1)
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum((values + np.uint64(1)) * powers[: len(values)])])
-    return (sums[last] - sums[first]) * inverses[first]
+    spans: Hashes = (sums[last] - sums[first]) * inverses[first]
+    return spans
 
 
 _TABLES: list[Hashes] = []

@@ -252,6 +252,7 @@ def test_bad_rows_keep_their_place(check: Check, words: Any, tmp_path: Path) -> 
     rows[6] = rows[5]
     verdict = check(rows, guard=only(duplicates={"action": "drop"}), format="prompt_completion")
     assert verdict.train[0].dropped.tolist() == [n == 6 for n in range(10)]
+    assert verdict.report["unusable"]["rows"] == 1 and verdict.problems == []
     assert verdict.train[0].groups is not None and verdict.train[0].groups[2] == -1
     assert verdict.train[0].groups[6] == verdict.train[0].groups[5]
 
@@ -265,3 +266,9 @@ def test_the_files_hold_no_personal_data(check: Check, words: Any, tmp_path: Pat
     written = "".join(path.read_text() for path in (tmp_path / "out").glob("*.json*"))
     assert "corp.co.kr" not in written
     assert json.loads((tmp_path / "out" / "guard_report.json").read_text()) == verdict.report
+
+
+def test_rows_that_are_all_unusable_are_left_to_preparation(check: Check) -> None:
+    verdict = check([{"prompt": "no answer"}] * 3, [{"prompt": "a", "completion": "b"}], format="prompt_completion")
+    assert verdict.report["rows"] == 0 and verdict.report["unusable"]["rows"] == 3
+    assert verdict.problems == [] and len(verdict.train[0].dropped) == 3
