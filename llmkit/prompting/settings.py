@@ -137,11 +137,9 @@ class TemplateSettings(Settings):
 
 
 def _schema_mistake(schema: Mapping[str, Any]) -> str:
-    """Why a mapping is no JSON schema; the package that knows is needed only where there is a schema."""
-    try:
-        import jsonschema
-    except ImportError:
-        return "" if "type" in schema or "properties" in schema else "has neither `type` nor `properties`"
+    """Why a mapping is no JSON schema."""
+    import jsonschema
+
     try:
         jsonschema.validators.validator_for(schema).check_schema(dict(schema))
     except jsonschema.SchemaError as error:

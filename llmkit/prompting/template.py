@@ -184,7 +184,8 @@ class PromptTemplate:
 
     def _outside(self) -> Iterator[tuple[int, str]]:
         """Literal text and printed values that stand in no message block, with their lines."""
-        inside = {id(n) for block in self._tree.find_all(nodes.CallBlock) for n in block.find_all(nodes.Output)}
+        kept = (nodes.CallBlock, nodes.Macro, nodes.AssignBlock)  # what a macro prints comes out where it is called
+        inside = {id(output) for block in self._tree.find_all(kept) for output in block.find_all(nodes.Output)}
         for output in self._tree.find_all(nodes.Output):
             if id(output) in inside:
                 continue

@@ -61,6 +61,17 @@ def test_a_body_without_blocks_is_the_users_message() -> None:
     assert template.render({"x": "a"}) == [{"role": "user", "content": "Say a"}]
 
 
+def test_macros_and_set_blocks_may_stand_outside_of_messages() -> None:
+    body = (
+        "{% macro line(x) %}- {{ x }}{% endmacro %}\n{% set rule %}Be short.{% endset %}\n"
+        "{% system %}{{ rule }}{% endsystem %}\n{% user %}{{ line(a) }}{% enduser %}"
+    )
+    template = PromptTemplate.parse(front(body, "variables: [{name: a}]"))
+    assert template.used_variables == {"a"}
+    messages: Any = template.render({"a": "b"})
+    assert [message["content"] for message in messages] == ["Be short.", "- b"]
+
+
 def test_a_text_is_continued_as_it_stands() -> None:
     template = PromptTemplate.parse(front("\nQ: {{ x }}\nA:", "kind: text", "variables: [{name: x}]"))
     assert template.render({"x": "  a"}) == "Q:   a\nA:"
