@@ -45,7 +45,8 @@ def _learned(message: Message, number: int, learn_from: int) -> bool:
 
 def _said(message: Message) -> str:
     calls = message.get("tool_calls")
-    return message["content"] + (json.dumps(calls, ensure_ascii=False, sort_keys=True) if calls else "")
+    text: str = message["content"]
+    return text + (json.dumps(calls, ensure_ascii=False, sort_keys=True) if calls else "")
 
 
 def fingerprint(text: str) -> int:
@@ -57,7 +58,12 @@ def fingerprint(text: str) -> int:
 def strings(sample: Sample) -> Iterator[str]:
     """Every text of a row: messages, their calls and names, tools, the system message."""
     found: list[str] = []
-    rewrite(sample, lambda text: found.append(text) or text)
+
+    def keep(text: str) -> str:
+        found.append(text)
+        return text
+
+    rewrite(sample, keep)
     return iter(found)
 
 
