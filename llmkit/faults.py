@@ -25,7 +25,14 @@ EXTRA_OF: dict[str, str] = {
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
 _DISK_TEXT = ("no space left on device", "disk quota exceeded")
-_MEMORY_TEXT = ("can't allocate memory", "cuda out of memory", "cannot allocate memory", "bad_alloc", "outofmemory")
+_MEMORY_TEXT = (
+    "can't allocate memory",
+    "cuda out of memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "outofmemory",
+    "memory allocation still failed",
+)
 _MEMORY_IMPORT_TEXT = "failed to map segment"
 _GROUP_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _LOST_TEXT = (
@@ -131,6 +138,11 @@ def _lost_process(exc: BaseException) -> LlmkitError | None:
     return None
 
 
+def tells_of_memory(text: str) -> bool:
+    """Whether a library or the system says in ``text`` that there was not enough memory."""
+    return any(t in text.lower() for t in _MEMORY_TEXT)
+
+
 def _disk_full(exc: BaseException) -> bool:
     if isinstance(exc, OSError) and exc.errno in _FULL:
         return True
@@ -146,7 +158,7 @@ def _out_of_memory(exc: BaseException) -> bool:
         return True
     if isinstance(exc, OSError) and exc.errno == errno.ENOMEM:
         return True
-    return isinstance(exc, RuntimeError) and any(t in str(exc).lower() for t in _MEMORY_TEXT)
+    return isinstance(exc, RuntimeError) and tells_of_memory(str(exc))
 
 
 def _inside(exc: OSError, folder: Path) -> bool:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmkit import errors
-from llmkit.errors import LlmkitError, ProcessLostError, StoppedEarly
-from llmkit.faults import EXIT_INTERRUPTED
+from llmkit.errors import LlmkitError, ProcessLostError, StoppedEarly, WontFitError
+from llmkit.faults import EXIT_INTERRUPTED, tells_of_memory
 from llmkit.progress import number
 from llmkit.ranks import Report
 
@@ -47,7 +47,8 @@ def verdict(ends: Sequence[End], *, kills: int = 0, limit: tuple[int, str] | Non
     """
     silent = [e for e in ends if e.code != 0 and e.report is None and not e.ended]
     if silent:
-        return ProcessLostError(_died(silent[0], len(ends), kills, limit))
+        wont_fit = silent[0].code != -signal.SIGKILL and any(map(tells_of_memory, silent[0].tail))
+        return (WontFitError if wont_fit else ProcessLostError)(_died(silent[0], len(ends), kills, limit))
     said = [(e, e.report) for e in ends if e.report is not None and e.code != 0]
     own = [pair for pair in said if pair[1].kind != ProcessLostError.__name__]
     failed = [pair for pair in own if pair[1].kind != StoppedEarly.__name__]
@@ -81,7 +82,9 @@ def _as_error(end: End, report: Report) -> BaseException:
 
 def _died(end: End, processes: int, kills: int, limit: tuple[int, str] | None) -> str:
     who = f"Rank {end.rank} of {processes}" if processes > 1 else "The run's process"
-    if end.code > 0:
+    if end.code != -signal.SIGKILL and any(map(tells_of_memory, end.tail)):
+        how = f"{who} ended for want of memory, as its last lines say.\n{_LESS}."
+    elif end.code > 0:
         how = f"{who} ended with exit code {end.code} without saying why."
     else:
         how = f"{who} was killed by {_signal_name(-end.code)}: {_why(-end.code, kills, limit)}."

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmkit.errors import DataError, ProcessLostError, StoppedEarly, UsageError
+from llmkit.errors import DataError, ProcessLostError, StoppedEarly, UsageError, WontFitError
 from llmkit.processes.verdict import End, verdict
 from llmkit.ranks import Report
 
@@ -39,6 +39,14 @@ def test_what_the_kernel_counted_is_said() -> None:
     assert "this run may use 2,048 MB (control group)" in text
     assert "out/logs/rank-0.log" in text
     assert "2 processes" in str(verdict([end(0, -9)], kills=2))
+
+
+def test_a_library_that_gave_up_for_want_of_memory_is_out_of_memory() -> None:
+    """OpenBLAS leaves by exit(1), C++ by abort()."""
+    for code, line in ((1, "OpenBLAS error: Memory allocation still failed"), (-6, "what():  std::bad_alloc")):
+        error = verdict([end(0, code, tail=["step 1", line])])
+        assert isinstance(error, WontFitError)
+        assert "for want of memory" in str(error)
 
 
 @pytest.mark.parametrize(("code", "said"), [(-11, "SIGSEGV"), (-6, "SIGABRT"), (-35, "signal 35"), (7, "exit code 7")])
