@@ -111,6 +111,8 @@ FOREIGN_KEYS: dict[str, str] = {
     "eval_sample_packing": "data.packing",
     "padding_free": "data.packing",
     "packing_strategy": "data.packing",
+    "dataset_exact_deduplication": "data.guard.duplicates",
+    "deduplicate": "data.guard.duplicates",
     "pad_to_sequence_len": _PADDING,
     "group_by_length": _PADDING,
     "shuffle_merged_datasets": "data.shuffle",
