@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -43,9 +43,9 @@ class Fsdp:
         if self._bf16:
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         if not self._settings.offload_params and torch.cuda.is_available():
-            options["mesh"] = dist.init_device_mesh("cuda", (self._ctx.world_size,))
+            options["mesh"] = init_device_mesh("cuda", (self._ctx.world_size,))
         elif not torch.cuda.is_available():
-            options["mesh"] = dist.init_device_mesh("cpu", (self._ctx.world_size,))
+            options["mesh"] = init_device_mesh("cpu", (self._ctx.world_size,))
         for module in wrapped_modules(model, self._settings):
             fully_shard(module, **options)
         fully_shard(model, **options)
@@ -68,25 +68,25 @@ class Fsdp:
         return True
 
     def save(self, folder: Path) -> None:
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         full = self._settings.state_dict_type == "FULL_STATE_DICT"
         state = self._state(full=full)
         if not full:
-            dcp.save(state, checkpoint_id=str(folder / SHARDED))
+            save(state, checkpoint_id=str(folder / SHARDED))
         elif self._ctx.is_main:
             torch.save(state, folder / FULL)
 
     def load(self, folder: Path) -> None:
-        import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         full = (folder / FULL).is_file()
         if full:
             state = torch.load(folder / FULL, map_location="cpu", weights_only=True) if self._ctx.is_main else {}
         else:
             state = self._state(full=False)
-            dcp.load(state, checkpoint_id=str(folder / SHARDED))
+            load(state, checkpoint_id=str(folder / SHARDED))
         options = StateDictOptions(full_state_dict=full, broadcast_from_rank0=full, strict=False)
         set_state_dict(
             self._model, self._optimizer, model_state_dict=state.get("model", {}),
@@ -161,11 +161,11 @@ def _by_size(model: nn.Module, least: int) -> list[nn.Module]:
 
 def read_shares(folder: Path) -> dict[str, Any]:
     """The whole state of a checkpoint that every process wrote its share of; one process reads it."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     state: dict[str, Any] = {}
-    reader = dcp.FileSystemReader(str(folder / SHARDED))
+    reader = FileSystemReader(str(folder / SHARDED))
     _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
     return state

@@ -290,7 +290,8 @@ class LlmkitTrainer(Trainer):
             return self.optimizer
 
         if self.args.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+            model: Any = self.model
+            model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         wrapped, real = self.shards.wrap(self.model, make_optimizer)
         self.optimizer = real
         self.create_scheduler(num_training_steps=self.args.max_steps, optimizer=real)
@@ -324,7 +325,7 @@ class LlmkitTrainer(Trainer):
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """An engine moves it a share at a time."""
         if self.shards is None:
-            super()._move_model_to_device(model, device)  # type: ignore[no-untyped-call]
+            super()._move_model_to_device(model, device)
 
     def whole_model(self) -> Any:
         """The trained model in one piece and in the types it came in; on the first rank only, elsewhere as it is."""

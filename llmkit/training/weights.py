@@ -151,7 +151,7 @@ def _full_model(about: Path, found: Tensors, dtype: DType | None) -> Any:
 
 def _recorded_type(config: Any) -> torch.dtype:
     kind = config.dtype
-    return kind if isinstance(kind, torch.dtype) else getattr(torch, str(kind or "float32"))  # type: ignore[no-any-return]
+    return kind if isinstance(kind, torch.dtype) else getattr(torch, str(kind or "float32"))
 
 
 def _adapter_model(about: Path, found: Tensors, dtype: DType | None) -> Any:
@@ -159,10 +159,10 @@ def _adapter_model(about: Path, found: Tensors, dtype: DType | None) -> Any:
     if base is None:
         raise MissingError(f"{about} does not say which model the adapter belongs to.")
     config = PeftConfig.from_pretrained(str(about))
-    if getattr(config, "init_lora_weights", True) in ("pissa", "olora"):
+    start = getattr(config, "init_lora_weights", True)
+    if start in ("pissa", "olora"):
         raise UsageError(
-            f"{about.parent} holds a {config.init_lora_weights} adapter, whose start was taken out of the base: only its"  # type: ignore[attr-defined]
-            " own run can write it. Go on with the run, with train.max_steps at this step."
+            f"{about.parent} holds a {start} adapter, whose start was taken out of the base: only its own run can write it. Go on with the run, with train.max_steps at this step."
         )
     _, folder = find_base(base.name_or_path, base.path, base.revision)
     model = with_adapter(open_model(folder, dtype=base.dtype), SimpleNamespace(peft_config={"default": config}))

@@ -202,7 +202,7 @@ def test_two_processes_learn_what_one_learns(plain: Any, tmp_path: Path) -> None
     sharded["recipe"] |= {"output_dir": str(tmp_path / "full-sharded")}
     sharded["recipe"]["model"]["init"] = "sharded"
     sharded["recipe"]["train"]["sample_prompts"] = 1
-    sharded["recipe"]["data"]["eval"] = {"split": 3}
+    sharded["recipe"]["data"]["eval"] = {"split": 0.15}
     runs["full-sharded"] = sharded | {"resumes": False}
     start(tmp_path, runs)
     for name in runs:
