@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import subprocess
@@ -116,6 +117,7 @@ def scale(folder: Path, part: str) -> dict[str, Any]:
         begin = time.perf_counter()
         verdict = examine(settings, guard, Path(work) / "work", Path(work) / "out", Quiet())
         seconds = time.perf_counter() - begin
+        spent = os.times()
         disk = sum(path.stat().st_size for path in Path(work).rglob("*") if path.is_file())
     report = verdict.report
     found = {name: report[name]["rows"] for name in ("privacy", "leaks", "contradictions") if name in report}
@@ -123,6 +125,7 @@ def scale(folder: Path, part: str) -> dict[str, Any]:
         found |= {f"{kind} duplicates": report["duplicates"][kind]["rows"] for kind in ("exact", "near")}
     return {
         "rows": report["rows"], "seconds": round(seconds, 1), "rows_per_second": round(report["rows"] / seconds),
+        "cpu_seconds": round(spent.user + spent.system + spent.children_user + spent.children_system, 1),
         "worker_processes": processes(),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "peak_memory_of_a_worker_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
