@@ -298,12 +298,12 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     for setting in chosen:
         if args.score:
             found = known[setting["name"]]
-            found["predicted"] = predict(setting, folder, args.steps)
+            found["predicted"] = predict(setting, folder, found.get("steps", args.steps))
         else:
             found = run(setting, folder, args.steps)
             if "failed" not in found:
                 with kept.open("a") as file:
-                    file.write(json.dumps({"name": setting["name"], **found}) + "\n")
+                    file.write(json.dumps({"name": setting["name"], "steps": args.steps, **found}) + "\n")
         row = setting | found
         if "failed" in row:
             print(f"{setting['name']}: {row['failed']}", flush=True)

@@ -1,7 +1,7 @@
 """A training run whose address space is limited for real: ``limited_run.py RECIPE.json BEFORE|DURING MEGABYTES``.
 
-BEFORE limits the process to that much more than it has before the model is loaded; DURING when the first step begins, so
-that a batch that was verified does not fit any more.
+BEFORE limits the process to that much more than it has before a batch is tried; DURING when the first step begins, so that a
+batch that was verified does not fit any more.
 """
 
 from __future__ import annotations
@@ -18,11 +18,19 @@ import llmkit
 from llmkit.training import fit, run
 from llmkit.training.allocator import give_back
 
+BALLAST: list[bytearray] = []
+
 
 def limit(megabytes: int) -> None:
+    """Leave that much: the address space stays as it is, and what is free in it is taken but for the rest."""
     give_back()
-    size = psutil.Process().memory_info().vms + megabytes * 2**20
+    size = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+    try:
+        while True:
+            BALLAST.append(bytearray(2**20))
+    except MemoryError:
+        resource.setrlimit(resource.RLIMIT_AS, (size + megabytes * 2**20, resource.RLIM_INFINITY))
 
 
 def main() -> None:
@@ -30,6 +38,7 @@ def main() -> None:
 
     def unlimited(*args: Any, **kwargs: Any) -> Any:
         """The process that opens the model again would inherit the limit."""
+        BALLAST.clear()
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         return export(*args, **kwargs)
 
