@@ -167,9 +167,17 @@ def merge_weights(peft_model: PeftModel) -> PreTrainedModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         merged: Any = peft_model.merge_and_unload()
-    merged.to(kind)
+    cast_weights(merged, kind)
     merged.tie_weights()
     return merged  # type: ignore[no-any-return]
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights as ``dtype``. Buffers stay as they are: a rotary embedding's frequencies are float32 in a model that was
+    loaded in bfloat16 too, and rounded ones turn every position by another angle than the reopened model does.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _common_type(peft_model: PeftModel) -> torch.dtype:

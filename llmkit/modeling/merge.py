@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from llmkit.errors import GateError, MissingError, UsageError
-from llmkit.modeling.adapters import ADAPTER_CONFIG, load_adapter, merge_weights
+from llmkit.modeling.adapters import ADAPTER_CONFIG, cast_weights, load_adapter, merge_weights
 from llmkit.modeling.export import save_model, take_probe, verify
 from llmkit.modeling.locate import model_digest, saved_dtype
 from llmkit.modeling.probe import difference, logits_of, probe_ids, tolerance
@@ -68,7 +68,7 @@ def merge(run_dir: Path, out: Path | None = None) -> MergeReport:
         )
     _round_weights(model, getattr(torch, dtype))
     rounded = difference(unmerged, logits_of(model, ids))
-    model.to(getattr(torch, dtype))
+    cast_weights(model, getattr(torch, dtype))
     model.config.dtype = getattr(torch, dtype)
     probe = take_probe(model, tokenizer)
     save_model(model, tokenizer, target, stop_ids=_stops(adapter, tokenizer, base_folder))

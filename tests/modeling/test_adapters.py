@@ -85,6 +85,17 @@ def test_saved_reopened_and_merged_adapters_answer_alike(
     assert (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight) == tied
 
 
+def test_merging_in_bfloat16_leaves_the_rotary_frequencies_in_float32(tiny_llama: Path, tmp_path: Path) -> None:
+    """As a fresh load has them: rounded ones moved the demo model's merged logits by 5.8 %, and its answers in chat."""
+    _run(tiny_llama, tmp_path, AdapterSettings(r=4), dtype="bfloat16")
+    kept = merge_weights(load_adapter(tmp_path / "adapter", dtype="bfloat16")[0])
+    fresh = dict(open_model(tiny_llama, dtype="bfloat16").named_buffers())
+    assert {p.dtype for p in kept.parameters()} == {torch.bfloat16}
+    found = dict(kept.named_buffers())
+    assert found.keys() == fresh.keys() and found
+    assert all(torch.equal(found[name], fresh[name]) and found[name].dtype == torch.float32 for name in fresh)
+
+
 def test_merging_a_run_leaves_a_complete_model_and_says_which_base(tiny_qwen: Path, tmp_path: Path) -> None:
     """[20]"""
     settings = AdapterSettings(r=4, use_dora=True, modules_to_save=["lm_head"])
