@@ -19,18 +19,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from common import REPO, machine, write_result
+from common import machine, write_result
+from training_run import DATA, LENGTH, MODEL, add_hidden, in_own_process, peak_gb, recipe, timed, watched
 
-LENGTH, SEQUENCES, WARM = 512, 4, 5
+SEQUENCES, WARM = 4, 5
 RATE = {"full": 2e-5, "lora": 2e-4}
 TRL = {
     "trl": {"per_device_train_batch_size": SEQUENCES, "gradient_accumulation_steps": 1, "gradient_checkpointing": False},
@@ -53,47 +50,13 @@ def rows(path: Path, tokenizer: Any) -> list[dict[str, Any]]:
     return found
 
 
-def peak_gb() -> float:
-    """The highest resident set of this process so far."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1e6
-
-
 def run_llmkit(args: argparse.Namespace) -> dict[str, Any]:
-    import llmkit
-    from llmkit.training.trainer import LlmkitTrainer
-
-    steps: list[dict[str, float]] = []
-    memory: list[float] = []  # up to the last step, as TRL's, which neither saves nor exports here
-    own = LlmkitTrainer.training_step
-
-    def watched(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        steps.append({"start": time.perf_counter(), "tokens": inputs.tokens, "useful": inputs.supervised})
-        memory.append(peak_gb())
-        return own(self, model, inputs, num_items_in_batch)
-
-    LlmkitTrainer.training_step = watched  # type: ignore[method-assign]
-    recipe: dict[str, Any] = {
-        "name": "throughput",
-        "output_dir": str(args.scratch / "run"),
-        "model": {"name_or_path": str(args.model), "dtype": "bfloat16"},
-        "data": {
-            "train": str(args.data), "columns": {"prompt": "question", "completion": "answer"},
-            "format": "prompt_completion", "max_length": LENGTH, "on_too_long": "drop", "packing": True,
-            "cache_dir": str(args.scratch / "tokens"),
-        },
-        "train": {
-            "max_steps": args.steps, "learning_rate": RATE[args.kind], "per_device_train_batch_size": SEQUENCES,
-            "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "logging_steps": 1, "save_steps": 10**6, "sample_prompts": 0,
-        },
-        "tracking": {"enabled": False},
-    }  # fmt: skip
+    what = recipe(
+        args.scratch, sequences=SEQUENCES, steps=args.steps, rate=RATE[args.kind], model=args.model, data=args.data
+    )
     if args.kind == "lora":
-        recipe["adapter"] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
-    (llmkit.lora if args.kind == "lora" else llmkit.sft)(recipe)
-    lines = [json.loads(line) for line in (args.scratch / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [e["metrics"]["loss"] for e in lines if e["event"] == "metrics" and "loss" in e["metrics"]]
-    return timed(steps, losses) | {"peak_gb": memory[-1]}
+        what["adapter"] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
+    return watched("lora" if args.kind == "lora" else "sft", what, warm=WARM)
 
 
 def run_trl(args: argparse.Namespace) -> dict[str, Any]:
@@ -135,22 +98,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return timed(steps, losses) | {"peak_gb": peak_gb()}
-
-
-def timed(steps: list[dict[str, float]], losses: list[float]) -> dict[str, Any]:
-    """Rates over the steps after the first few: the median over steps, and all of them together."""
-    pairs = list(zip(steps[WARM:], steps[WARM + 1 :], strict=False))
-    seconds = [b["start"] - a["start"] for a, b in pairs]
-    return {
-        "tokens_per_second": statistics.median(a["tokens"] / s for (a, _), s in zip(pairs, seconds, strict=True)),
-        "useful_tokens_per_second": statistics.median(
-            a["useful"] / s for (a, _), s in zip(pairs, seconds, strict=True)
-        ),
-        "useful_tokens_per_second_overall": sum(a["useful"] for a, _ in pairs) / sum(seconds),
-        "tokens_per_step": statistics.mean(a["tokens"] for a, _ in pairs),
-        "losses": [round(loss, 4) for loss in losses],
-    }
+    return timed(steps, losses, WARM) | {"peak_gb": peak_gb()}
 
 
 def matrix_limit(args: argparse.Namespace) -> dict[str, float]:
@@ -178,24 +126,8 @@ def matrix_limit(args: argparse.Namespace) -> dict[str, float]:
 
 
 def child(args: argparse.Namespace, side: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [
-            sys.executable,
-            __file__,
-            args.kind,
-            "--side",
-            side,
-            "--scratch",
-            scratch,
-            "--steps",
-            str(args.steps),
-        ]
-        command += ["--model", str(args.model), "--data", str(args.data)]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=environment, check=False)
-        if done.returncode:
-            raise SystemExit(f"{side}: {done.stderr[-3000:]}")
-        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    options = [args.kind, "--steps", str(args.steps), "--model", str(args.model), "--data", str(args.data)]
+    found = in_own_process(__file__, side, *options)
     print(f"{side:>20}: {found.get('tokens_per_second', 0):7.0f} tokens/s, {found.get('useful_tokens_per_second', 0):7.0f} useful, "
           f"{found.get('peak_gb', 0):.2f} GB, loss {statistics.mean(found.get('losses', [0])[-10:]):.4f}", flush=True)  # fmt: skip
     return found
@@ -207,10 +139,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--more", type=int, default=15, help="steps of TRL's memory-saving settings; 0 leaves them out")
-    parser.add_argument("--model", type=Path, default=REPO / "models" / "smollm2-135m-instruct")
-    parser.add_argument("--data", type=Path, default=REPO.parent / "shared" / "data" / "gsm8k" / "train.jsonl")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--data", type=Path, default=DATA)
+    add_hidden(parser)
     args = parser.parse_args()
     args.model, args.data = args.model.resolve(), args.data.resolve()
     if args.side:
@@ -230,7 +161,7 @@ def compare(args: argparse.Namespace) -> None:
     for side in list(TRL)[1:] if args.more else []:
         runs[side].append(child(args, side))
     ours, theirs = (
-        {k: statistics.median(run[k] for run in runs[side]) for k in runs[side][0] if k != "losses"}
+        {k: statistics.median(run[k] for run in runs[side]) for k in runs[side][0] if k not in ("losses", "metrics")}
         for side in ("llmkit", "trl")
     )
     share = ours["useful_tokens_per_second"] / ours["tokens_per_second"]
