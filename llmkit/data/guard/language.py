@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 # The commonest short words; a word that two languages share counts for both.
 _WORDS: dict[str, str] = {
-    "en": "the of and to in is that it for was on are with as be this have from or by you not at what how which can an your i",
+    "en": "the of and to in is that it for was on are with as be this have from or by you not at what how which can an your i "
+    "do my me we he she they was were has had will would could should why when where there any get if so am did does been just into than our no a",
     "de": "der die und das ist in den von zu mit nicht ein eine auf für es im dem sich auch als wird an wie sind oder ich sie wir",
     "fr": "le la les de des et est en un une du que qui dans pour pas sur au avec ce il elle sont par plus vous nous je ou",
     "es": "el la los las de que y en un una es por con para se del no su al lo como más pero sus este son qué yo está",
@@ -103,4 +104,4 @@ def _by_words(text: str) -> str:
         return ""
     ranked = sorted(((len(words & common), language) for language, common in _COMMON.items()), reverse=True)
     (most, first), (second, _) = ranked[:2]
-    return first if most >= max(2, len(words) / 12) and most > second else ""
+    return first if most >= max(2, len(words) / 12) and most >= 1.5 * second else ""

@@ -64,6 +64,7 @@ def test_no_korean_text_is_damaged(text: str) -> None:
         ("今天天气很好，我们去公园吧。", "zh"),
         ("今日は天気がいいので公園に行きましょう", "ja"),
         ("The parcel is on its way to you and it will be there soon", "en"),
+        ("How do I get to my card?", "en"),
         ("Das Paket ist auf dem Weg und wird bald bei Ihnen sein", "de"),
         ("Le colis est en route et il sera chez vous dans la semaine", "fr"),
         ("El paquete está en camino y no es para la otra semana", "es"),
