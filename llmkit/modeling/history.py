@@ -113,7 +113,11 @@ def accuracy(records: Sequence[Record]) -> Accuracy | None:
     return Accuracy(len(errors), statistics.mean(map(abs, errors)), max(errors), min(errors))
 
 
-def reached(records: Sequence[Record], kind: str) -> tuple[float, int] | None:
-    """Median FLOP/s of a process in past runs of that kind, and of how many; None where there is none."""
-    rates = [record.flops for record in records if record.kind == kind and record.flops > 0]
+def reached(records: Sequence[Record], kind: str, parameters: int) -> tuple[float, int] | None:
+    """Median FLOP/s of a process in past runs of that kind, and of how many; None where there is none.
+
+    Models within a factor of four of ``parameters``: small ones keep a device far less busy.
+    """
+    alike = [r for r in records if r.kind == kind and parameters / 4 <= r.parameters <= parameters * 4]
+    rates = [record.flops for record in alike if record.flops > 0]
     return (statistics.median(rates), len(rates)) if rates else None

@@ -292,7 +292,7 @@ class Planner:
     def _rate(self, records: list[history.Record]) -> tuple[float | None, str]:
         """FLOP/s that one process reaches, and where the figure is from."""
         kind = run_kind(self.recipe, self.architecture)
-        found = history.reached(records, kind)
+        found = history.reached(records, kind, self.architecture.parameters)
         if found is not None:
             return found[
                 0

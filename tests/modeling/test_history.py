@@ -80,6 +80,8 @@ def test_accuracy() -> None:
 
 def test_speed_of_a_kind_of_run() -> None:
     records = [replace(RECORD, flops=f) for f in (1.0, 9.0, 3.0)] + [replace(RECORD, kind="lora bfloat16", flops=100.0)]
-    assert history.reached(records, "full bfloat16") == (3.0, 3)
-    assert history.reached(records, "full float32") is None
+    assert history.reached(records, "full bfloat16", 10) == (3.0, 3)
+    assert history.reached(records, "full bfloat16", 40) == (3.0, 3)
+    assert history.reached(records, "full bfloat16", 41) is None  # a model of another size
+    assert history.reached(records, "full float32", 10) is None
     assert history.of_device(records, "gpu") == []

@@ -142,7 +142,8 @@ def test_time_and_money_from_a_stated_share_of_the_peak(tiny_llama: Path) -> Non
 
 def test_time_from_what_was_measured_here(tiny_llama: Path) -> None:
     record = history.Record(
-        at="", name="r", device="test-gpu", cpu=False, processes=1, sharding="none", kind="full float32", parameters=1,
+        at="", name="r", device="test-gpu", cpu=False, processes=1, sharding="none", kind="full float32",
+        parameters=make_plan(recipe(tiny_llama), "sft", GPU, 1).own.setup.architecture.parameters,
         predicted_host=1.0, measured_host=1.0, predicted_device=90.0, measured_device=100.0, base=5e8, flops=1e9,
         versions=versions(),
     )  # fmt: skip
