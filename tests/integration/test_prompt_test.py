@@ -21,7 +21,7 @@ def test_the_demo_from_the_command_line(run_llmkit: Callable[..., Any], demo_mod
     from mlflow.tracking import MlflowClient
 
     command = ["prompt-test", RECIPE, f"models={demo_model}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
-    first = run_llmkit(*command, "--json", timeout=280)
+    first = run_llmkit(*command, "--json", timeout=800)
     assert first.code == 0, first.stderr
     result = first.json()
     assert result["metrics"]["cases"] == 6
@@ -41,7 +41,7 @@ def test_the_demo_from_the_command_line(run_llmkit: Callable[..., Any], demo_mod
     assert names >= {"report.html", "report.md", "junit.xml", "results.jsonl", "results_table.json", "tokens.html"}
 
     # A stricter threshold is a new run of the same answers: quick, compared with the first, and it fails.
-    second = run_llmkit(*command, "thresholds.overall=1.0", "--json", timeout=120)
+    second = run_llmkit(*command, "thresholds.overall=1.0", "--json", timeout=800)
     assert second.code == 4, second.stderr
     failed = second.json()
     assert failed["exit_code"] == 4
@@ -50,7 +50,7 @@ def test_the_demo_from_the_command_line(run_llmkit: Callable[..., Any], demo_mod
     assert (failed["metrics"]["broke"], failed["metrics"]["fixed"]) == (0, 0)
     assert "6 answers were taken over" in second.stderr
 
-    shown = run_llmkit(*command, "--show", "3")
+    shown = run_llmkit(*command, "--show", "3", timeout=800)
     assert shown.code == 0
     assert "⟦Phone accessories<|im_end|>" in shown.stdout
 
