@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -36,16 +37,14 @@ class Fsdp:
         self, model: Any, make_optimizer: Callable[[], torch.optim.Optimizer]
     ) -> tuple[Any, torch.optim.Optimizer]:
         self._types = parameter_types(model)
+        on_gpu = torch.cuda.is_available()  # without one the weights are in host memory anyway
         options: dict[str, Any] = {
             "reshard_after_forward": self._settings.reshard_after_forward,
-            "offload_policy": CPUOffloadPolicy() if self._settings.offload_params else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy() if self._settings.offload_params and on_gpu else OffloadPolicy(),
+            "mesh": init_device_mesh("cuda" if on_gpu else "cpu", (self._ctx.world_size,)),
         }
         if self._bf16:
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        if not self._settings.offload_params and torch.cuda.is_available():
-            options["mesh"] = init_device_mesh("cuda", (self._ctx.world_size,))
-        elif not torch.cuda.is_available():
-            options["mesh"] = init_device_mesh("cpu", (self._ctx.world_size,))
         for module in wrapped_modules(model, self._settings):
             fully_shard(module, **options)
         fully_shard(model, **options)
@@ -59,9 +58,16 @@ class Fsdp:
         loss.backward()
 
     def norm(self, most: float) -> float:
-        parameters = [p for p in self._model.parameters() if p.grad is not None]
-        found: Any = nn.utils.clip_grad_norm_(parameters, most or float("inf"))
-        return float(found.full_tensor() if isinstance(found, DTensor) else found)
+        shares = [_local(p.grad) for p in self._model.parameters() if p.grad is not None]
+        square = torch.zeros((), device=_exchange())
+        for share in shares:
+            square += share.float().square().sum().to(square)
+        dist.all_reduce(square)
+        found = float(square.sqrt())
+        if most and found > most:
+            for share in shares:
+                share.mul_(most / (found + 1e-6))
+        return found
 
     def step(self) -> bool:
         self._optimizer.step()
@@ -104,7 +110,9 @@ class Fsdp:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._model.named_parameters():
-            full: Any = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            full: Any = parameter
+            if isinstance(parameter, DTensor):
+                full = parameter.detach().to(_exchange()).full_tensor()
             yield from self._mine(name, full, self._types[name])
         for name, buffer in saved_buffers(self._model):
             yield from self._mine(name, buffer, buffer.dtype)
@@ -115,6 +123,16 @@ class Fsdp:
     def _mine(self, name: str, tensor: Tensor, kind: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         if self._ctx.is_main:
             yield name, tensor.detach().to("cpu", kind, copy=True)
+
+
+def _local(tensor: Any) -> Tensor:
+    """The share of this process, which may be changed in place."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _exchange() -> str:
+    """Where tensors have to be to go from process to process: NCCL knows no others than those on GPUs."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def wrapped_modules(model: nn.Module, settings: FsdpSettings) -> list[nn.Module]:
