@@ -152,7 +152,7 @@ def mcnemar(broke: int, fixed: int) -> float:
     if not changes:
         return 1.0
     tail = sum(math.comb(changes, k) for k in range(min(broke, fixed) + 1))
-    return min(1.0, 2 * tail / 2**changes)
+    return float(min(1.0, 2 * tail / 2**changes))
 
 
 def compare(now: Sequence[Outcome], before: Sequence[Before], folder: str) -> Comparison:

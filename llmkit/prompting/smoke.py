@@ -117,7 +117,10 @@ def _right_answer(template: PromptTemplate, test: TestCase) -> str | None:
     from jinja2 import Environment, meta
 
     known = {**test.case.values, **template.values(test.case.values)}
-    if any(known.get(name) is None for name in meta.find_undeclared_variables(Environment().parse(template.settings.answer))):
+    if any(
+        known.get(name) is None
+        for name in meta.find_undeclared_variables(Environment().parse(template.settings.answer))
+    ):
         return None
     return template.answer(test.case.values)
 

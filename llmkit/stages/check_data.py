@@ -81,7 +81,8 @@ def _publish(recipe: Recipe, ctx: RunContext, verdict: Verdict, more: dict[str, 
     """Write, print and track the report; gives the artifacts by name."""
     import shutil
 
-    from llmkit.data.guard.examine import FILES, REPORT
+    from llmkit.data.guard.examine import FILES
+    from llmkit.data.guard.findings import REPORT
     from llmkit.data.guard.publish import html_page, markdown, text_table
     from llmkit.data.report import write_json
     from llmkit.data.sources import digest

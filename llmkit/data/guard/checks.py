@@ -63,7 +63,8 @@ def _other_label(ledger: Ledger, pairs: Pairs) -> Mask:
     lengths, answers = ledger.lengths, ledger.keys[:, 2]
     label = (lengths[:, 0] > 0) & (lengths[:, 1] <= LABEL)
     a, b = pairs[:, 0], pairs[:, 1]
-    return label[a] & label[b] & (answers[a] != answers[b])
+    disagree: Mask = label[a] & label[b] & (answers[a] != answers[b])
+    return disagree
 
 
 def duplicates(ledger: Ledger, labels: Offsets, action: RowAction, findings: Findings) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def contradictions(
     rows = asked[np.isin(question, disputed)]
     order = np.lexsort((rows, ledger.keys[rows, 1]))
     groups = np.split(rows[order], np.flatnonzero(np.diff(ledger.keys[rows[order], 1])) + 1) if len(rows) else []
-    shown = []
+    shown: list[dict[str, Any]] = []
     for group in sorted(groups, key=lambda members: int(members[0])):
         kept = list(ledger.get(group.tolist()))
         for number, row in zip(group.tolist(), kept, strict=True):
@@ -225,6 +226,7 @@ def _same(ledger: Ledger, test_keys: Hashes) -> dict[int, tuple[int, str]]:
         values, first = np.unique(side, return_index=True)
         keys = ledger.keys[:, column]
         place = np.minimum(np.searchsorted(values, keys), max(0, len(values) - 1))
-        rows = np.flatnonzero(own & (values[place] == keys) & (keys != 0)) if len(values) else []
-        found |= {int(row): (int(first[place[row]]), how) for row in rows}
+        if len(values):
+            rows = np.flatnonzero(own & (values[place] == keys) & (keys != 0))
+            found |= {int(row): (int(first[place[row]]), how) for row in rows}
     return found

@@ -121,7 +121,7 @@ class StreamGuard:
         if quality is None:
             return {}
         row = view(sample)
-        faults: dict[str, str] = {**row_faults(row, quality.checks)}
+        faults: dict[str, str] = {str(check): why for check, why in row_faults(row, quality.checks).items()}
         if "language" in quality.checks:
             spoken = {detect(row.question), detect(row.answer)} - {""} - set(quality.languages or ())
             if spoken:

@@ -44,7 +44,7 @@ def _load(settings: PerplexitySettings) -> tuple[Any, Any]:
     folder = find_folder(settings.model, settings.revision)
     check_folder(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
     except ValueError as error:
         raise UsageError(
             f"data.guard.quality.perplexity.model: {settings.model}: {str(error).splitlines()[0]}"
@@ -90,6 +90,7 @@ def cut(scores: NDArray[np.float32], settings: PerplexitySettings) -> float:
     if settings.max is not None:
         return settings.max
     known = scores[~np.isnan(scores)]
+    assert settings.drop_above_percentile is not None, "the settings ask for one of both"
     return float(np.percentile(known, settings.drop_above_percentile)) if len(known) else float("inf")
 
 

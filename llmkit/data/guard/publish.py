@@ -60,8 +60,8 @@ def _sections(report: Report) -> list[tuple[str, list[str], list[Sequence[str]]]
         sections.append(("Personal data, by kind", ["kind", "found"], [(k, f"{n:,}") for k, n in kinds.items()]))
     for name, found in found_by_check(report).items():
         if found["first"]:
-            lines = [(entry["row"], entry["reason"]) for entry in found["first"]]
-            sections.append((f"First rows: {name.replace('_', ' ')}", ["row", "reason"], list(lines)))
+            first = [(entry["row"], entry["reason"]) for entry in found["first"]]
+            sections.append((f"First rows: {name.replace('_', ' ')}", ["row", "reason"], list(first)))
     disputed = [
         (group["question"], f"{group['rows']:,}", "; ".join(f"{a['row']}: {a['answer']}" for a in group["answers"]))
         for group in report.get("contradictions", {}).get("groups", ())
@@ -76,8 +76,9 @@ def _quality_sections(quality: Report) -> list[tuple[str, list[str], list[Sequen
     answers = quality.get("answers", {})
     if answers.get("commonest"):
         title = "Labels" if answers["kind"] == "labels" else "Repeated answers"
-        lines = [(a["answer"], f"{a['rows']:,}", f"{a['share']:.2%}") for a in answers["commonest"]]
-        sections.append((f"{title} ({answers['different']:,} different answers)", ["answer", "rows", "share"], lines))
+        common = [(a["answer"], f"{a['rows']:,}", f"{a['share']:.2%}") for a in answers["commonest"]]
+        header = ["answer", "rows", "share"]
+        sections.append((f"{title} ({answers['different']:,} different answers)", header, list(common)))
     for side, counts in quality.get("languages", {}).items():
         lines = [(language, f"{count:,}") for language, count in counts.items()]
         sections.append((f"Languages of the {side}s", ["language", "rows"], list(lines)))

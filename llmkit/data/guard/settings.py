@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -88,9 +88,7 @@ class QualitySettings(Settings):
 
     action: RowAction = "report"
     """What happens to a row that a check names."""
-    checks: list[Check] = Field(
-        default_factory=lambda: ["empty", "boilerplate", "repetition", "encoding", "language", "length"]
-    )
+    checks: list[Check] = Field(default_factory=lambda: list(get_args(Check)))
     """``empty``: answers without a letter or digit, or N/A; ``boilerplate``: refusals and "as an AI"; ``repetition``: answers that run in circles; ``encoding``: damaged text (mojibake); ``language``: another language than the data's; ``length``: far shorter or longer than the rest."""
     languages: list[Annotated[str, Field(pattern="^[a-z]{2}$")]] | None = None
     """Languages (ISO 639-1) that the rows may be in; None takes those of at least one row in a hundred."""
