@@ -79,7 +79,7 @@ def test_the_shipped_templates_from_python(demo_model: Path, tmp_path: Path, mon
 def test_a_url_from_the_command_line(run_llmkit: Callable[..., Any], tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
         "name: url\ntemplates: chat_template\nmodels: {base_url: x, model: tiny}\ngeneration: {max_new_tokens: 4}\n"
-        "cases: [{vars: {prompt: Hi}}, {vars: {prompt: How many legs?}}]\ndefault_assert: [{type: perplexity, threshold: 1000}]\n"
+        "cases: [{vars: {prompt: Hi}}, {vars: {prompt: How many legs}}]\ndefault_assert: [{type: perplexity, threshold: 1000}]\n"
     )
     with serve(open_generator(tiny_llama, device="cpu")) as server:
         server.failures = [(503, {}), (429, {"Retry-After": "0"})]
