@@ -155,7 +155,9 @@ def _with_options(command: Callable[..., Action], options: Mapping[str, Any]) ->
     """The command with ``options`` in the place of its ``**instead``, as typer reads them."""
     known = inspect.signature(command, eval_str=True)
     plain = [p for p in known.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    more = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for n, a in options.items()]
+    more = [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for n, a in options.items()
+    ]
     setattr(command, "__signature__", known.replace(parameters=[*plain, *more]))  # noqa: B010  mypy knows no such name
     command.__annotations__ = {p.name: p.annotation for p in [*plain, *more]} | {"return": Action}
     return command

@@ -75,8 +75,8 @@ def _stage_of(path: Path) -> str:
     if path.absolute().parent.name in stages.STAGES:
         return path.absolute().parent.name
     found: Any = read_file(path).data
-    blocks = found if isinstance(found, dict) else {}
-    model, data = (blocks.get(key) if isinstance(blocks.get(key), dict) else {} for key in ("model", "data"))
+    blocks: dict[str, Any] = found if isinstance(found, dict) else {}
+    model, data = ({} if not isinstance(blocks.get(key), dict) else blocks[key] for key in ("model", "data"))
     if data.get("format") == "text" or model.get("init") == "from_config":
         return "cpt"
     return "lora" if blocks.get("adapter") is not None else "sft"

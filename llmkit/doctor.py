@@ -26,7 +26,9 @@ from llmkit.stages import STAGES
 TORCH_SECONDS = 60
 CONNECT_SECONDS = 2.0
 
-NEEDS: dict[str, tuple[str, ...]] = {"sft": ("train",), "lora": ("train",), "cpt": ("train",), "prompt-test": ("train",)}
+NEEDS: dict[str, tuple[str, ...]] = {
+    "sft": ("train",), "lora": ("train",), "cpt": ("train",), "prompt-test": ("train",), "check-data": ("train", "guard"),
+}  # fmt: skip
 """Extras without which a stage cannot run."""
 
 TORCH_PROBE = """

@@ -110,8 +110,8 @@ def test_the_error_counts_its_problems(write_recipe: Callable[[str], str]) -> No
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        ({"data": {"train": 5}}, "recipe: data.train: expected text, a mapping (path, weight, split, format, columns), or a list of these, got 5\n    write it in quotes: \"5\""),
-        ({"data": {"train": [5]}}, "recipe: data.train.0: expected text or a mapping (path, weight, split, format, columns), got 5\n    write it in quotes: \"5\""),
+        ({"data": {"train": 5}}, "recipe: data.train: expected text, a mapping (path, weight, split, format, columns, license), or a list of these, got 5\n    write it in quotes: \"5\""),
+        ({"data": {"train": [5]}}, "recipe: data.train.0: expected text or a mapping (path, weight, split, format, columns, license), got 5\n    write it in quotes: \"5\""),
         ({"data": {"train": {"weight": 2}}}, "recipe: data.train.path: is missing. A local path, a glob, an fsspec URI (``s3://…``) or a hub data set id."),
         ({"data": {"train": {"path": "a", "wieght": 2}}}, "recipe: data.train.wieght: unknown key\n    did you mean `weight`?"),
         ({"data": {"train": ["a", {"path": "b", "weight": -1}]}}, "recipe: data.train.1.weight: expected a number of more than 0, got -1"),

@@ -364,7 +364,7 @@ def _on_meta(settings: ModelSettings, config: dict[str, Any]) -> list[Tensor]:
     auto = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model = auto.from_config(made, trust_remote_code=settings.trust_remote_code)
+            model: Any = auto.from_config(made, trust_remote_code=settings.trust_remote_code)  # type: ignore[no-untyped-call]
     except (ValueError, ImportError, RuntimeError) as error:
         raise UsageError(f"{settings.name_or_path}: no model can be made from its configuration: {error}") from error
     return [Tensor(name, tuple(p.shape)) for name, p in model.named_parameters()]

@@ -71,7 +71,7 @@ class Recipe(Base):
     default_assert: list[dict[str, Any]] = Field(default_factory=list)
     """Assertions that hold for every case, behind its own."""
     generation: GenerationSettings = GenerationSettings()
-    """How answers are made."""
+    """How long the answers may be and how they are drawn."""
     thresholds: ThresholdSettings = ThresholdSettings()
     """When the run fails."""
     static: bool = True
@@ -149,7 +149,9 @@ def run(recipe: Recipe, ctx: RunContext) -> Result:
     from llmkit.prompting.suite import open_suite
 
     if ctx.resume not in ("auto", "never"):
-        raise UsageError("--resume: a prompt test has no checkpoints; the same command goes on with the answers it has.")
+        raise UsageError(
+            "--resume: a prompt test has no checkpoints; the same command goes on with the answers it has."
+        )
     suite = open_suite(recipe)
     publish.record_inputs(suite, ctx.tracker)
     before = publish.run_before(ctx.output_dir, recipe.compare_to)

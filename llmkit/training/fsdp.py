@@ -112,7 +112,8 @@ class Fsdp:
         for name, parameter in self._model.named_parameters():
             full: Any = parameter
             if isinstance(parameter, DTensor):
-                full = parameter.detach().to(_exchange()).full_tensor()
+                shared: Any = parameter.detach().to(_exchange())
+                full = shared.full_tensor()
             yield from self._mine(name, full, self._types[name])
         for name, buffer in saved_buffers(self._model):
             yield from self._mine(name, buffer, buffer.dtype)

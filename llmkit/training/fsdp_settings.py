@@ -40,4 +40,6 @@ class FsdpSettings(Settings):
             yield Conflict("min_num_params", message, also=("auto_wrap_policy",))
         if self.offload_params and self.state_dict_type == "FULL_STATE_DICT":
             message = "gathers weights on the devices, and `offload_params` keeps them away from there"
-            yield Conflict("state_dict_type", f"FULL_STATE_DICT {message}", "use SHARDED_STATE_DICT", ("offload_params",))
+            yield Conflict(
+                "state_dict_type", f"FULL_STATE_DICT {message}", "use SHARDED_STATE_DICT", ("offload_params",)
+            )

@@ -236,7 +236,7 @@ def _trainer(
         keep=train.save_total_limit,
         keep_best=train.load_best_model_at_end or train.early_stopping_patience is not None,
         fingerprint=fingerprint,
-        batch=train.per_device_train_batch_size * train.gradient_accumulation_steps * ctx.world_size,
+        batch=train.batch_size * train.gradient_accumulation_steps * ctx.world_size,
         callbacks=callbacks,
         filler=layout.filler(),
         shards=shards,
@@ -255,7 +255,7 @@ def _train_batches(
     recipe: TrainingRecipe, ctx: RunContext, data: Data, layout: Layout
 ) -> tuple[DataLoader[Batch], str]:
     """This rank's batches, and the fingerprint that a checkpoint is held against."""
-    size, packing, longest = recipe.train.per_device_train_batch_size, recipe.data.packing, recipe.data.max_length
+    size, packing, longest = recipe.train.batch_size, recipe.data.packing, recipe.data.max_length
     if data.train is None:
         assert data.stream is not None
         streamed = StreamedBatches(data.stream, layout, size=size, packing=packing, max_length=longest)

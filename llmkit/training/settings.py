@@ -90,6 +90,13 @@ class TrainSettings(Settings):
     sample_prompts: Annotated[int, Field(ge=0)] = 3
     """Held-out rows answered by the model before and after training and kept in the result; 0 for none."""
 
+    @property
+    def batch_size(self) -> int:
+        """``per_device_train_batch_size`` once it is a number: ``auto`` is decided before the first batch is made."""
+        size = self.per_device_train_batch_size
+        assert size != "auto", "fit.choose_batch puts a number in its place"
+        return size
+
     def conflicts(self) -> Iterator[Conflict]:
         if self.max_steps == 0:
             yield Conflict("max_steps", "no steps: give 1 or more, or -1 to follow `num_train_epochs`")

@@ -282,7 +282,7 @@ def _rows(files: list[str]) -> Iterator[RawRow | BadRow]:
 
 def _parts(head: list[RawRow], source: Source, as_text: bool, count: Counter) -> Iterator[tuple[int, int]]:
     """Tokens of each row: those that are read, those that are learned."""
-    name = "text" if as_text else source.format
+    name: str = "text" if as_text else source.format
     if name == "auto":
         name = formats.detect(head, source.columns, source.key)[0]
     convert = formats.convert(name, source.columns)
@@ -326,7 +326,7 @@ def _rows_of(files: list[str], head: list[RawRow]) -> int | None:
     if all(file.lower().endswith(".parquet") for file in files):
         from pyarrow.parquet import ParquetFile
 
-        return sum(ParquetFile(file).metadata.num_rows for file in files)
+        return sum(int(ParquetFile(file).metadata.num_rows) for file in files)
     if any(file.lower().endswith(".gz") for file in files):
         return None
     first = Path(files[0]).stat().st_size

@@ -39,7 +39,7 @@ def attributes_read(folders: list[str]) -> set[str]:
     [
         (TrainSettings, ["training"]),
         (DataSettings, ["data", "training"]),
-        (SourceSettings, ["data"]),
+        (SourceSettings, ["data", "modeling"]),
         (ModelSettings, ["modeling", "training"]),
         (TokenizerTrainingSettings, ["modeling"]),
         (AdapterSettings, ["modeling"]),

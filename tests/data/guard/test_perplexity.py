@@ -23,7 +23,10 @@ def test_scores_are_the_models_own_loss_whatever_lies_beside(tiny_llama: Path, p
     texts = ["The quick brown fox", "a", "jumps over the lazy dog and over " * 40, "", "한국어 문장도 있습니다."]
     settings = PerplexitySettings(model=str(tiny_llama), max=10.0, max_length=64)
     found = score(iter(texts), len(texts), settings, progress)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama).eval(), AutoTokenizer.from_pretrained(tiny_llama)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_llama).eval(),
+        AutoTokenizer.from_pretrained(tiny_llama),
+    )
     for text, perplexity in zip(texts, found.tolist(), strict=True):
         ids = torch.tensor([tokenizer(text)["input_ids"][:64]], dtype=torch.long)
         if ids.shape[1] < 2:
