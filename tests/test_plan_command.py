@@ -83,6 +83,15 @@ def test_the_stage_is_told_from_the_recipe(
     assert done.json()["stage"] == stage, done.stderr
 
 
+def test_licences_of_model_and_data_are_shown(recipe: Path, run_llmkit: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    done = run_llmkit("plan", "recipe.yaml", "data.guard.allow_licenses=[MIT]")
+    assert "rows.jsonl: MIT (says " in done.stdout
+    assert "unknown: NOT in data.guard.allow_licenses" in done.stdout  # the model has no card
+    shown = run_llmkit("plan", "recipe.yaml", "--json").json()["licences"]
+    assert [found["license"] for found in shown] == ["unknown", "MIT"]
+
+
 def test_what_is_wrong_is_said(recipe: Path, run_llmkit: Callable[..., Any]) -> None:
     assert "Did you mean h100-80g" in run_llmkit("plan", "recipe.yaml", "--device", "H100").stderr
     done = run_llmkit("plan", "recipe.yaml", "train.max_stepps=3")

@@ -19,6 +19,7 @@ from typing import Any
 from llmkit.modeling import history
 from llmkit.modeling.architecture import Architecture, read_architecture
 from llmkit.modeling.devices import Device
+from llmkit.modeling.licences import as_rows, licences
 from llmkit.modeling.memory import (
     CUDA_CONTEXT,
     Memory,
@@ -484,6 +485,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
             "free_bytes": plan.disk_free,
         },
         "past_predictions": None if plan.past is None else asdict(plan.past),
+        "licences": as_rows(licences(plan.recipe.model, plan.recipe.data)),
         "notes": list(plan.notes),
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from llmkit.context import Progress
 from llmkit.errors import LlmkitError, WontFitError
 from llmkit.modeling.devices import GIB, device
+from llmkit.modeling.licences import allowed, licences
 from llmkit.modeling.memory import activations, checkpoint_bytes, trainable_parameters, with_checkpointing
 from llmkit.training.plan import RESERVE, Option, Plan, keys, make_plan
 from llmkit.training.settings import TrainingRecipe
@@ -35,7 +36,18 @@ def _head(plan: Plan) -> Iterator[str]:
         f"a step     {own.batch} x {own.accumulation} sequences a process; {own.setup.part_tokens:,} tokens go through the "
         f"model at once, in {own.setup.passes} {'pass' if own.setup.passes == 1 else 'passes'}"
     )
+    yield from _licences(plan.recipe)
     yield from (f"note       {note}" for note in plan.notes)
+
+
+def _licences(recipe: TrainingRecipe) -> Iterator[str]:
+    """Of the model and of each data source, and which of them the recipe does not allow."""
+    guard = recipe.data.guard
+    allow = None if guard is None else guard.allow_licenses
+    for found in licences(recipe.model, recipe.data):
+        refused = allow is not None and not allowed(found.spdx, allow)
+        said = f"{found.spdx} (says {found.said_by})" if found.spdx else "unknown"
+        yield f"licence    {found.name}: {said}" + (": NOT in data.guard.allow_licenses" if refused else "")
 
 
 def _terms(plan: Plan) -> Iterator[str]:
