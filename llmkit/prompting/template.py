@@ -246,13 +246,14 @@ class PromptTemplate:
         return messages
 
     def answer(self, case: Mapping[str, Any]) -> str | None:
-        """The right answer of a case, by ``answer`` of the front matter; None where it says none.
-
-        Raises DataError when the case lacks what it needs.
+        """The right answer of a case, by ``answer`` of the front matter; None where it says none, and where the case
+        lacks (or has null for) what it is made of: not every case has a right answer.
         """
         if self.settings.answer is None:
             return None
         known = dict(case) | self.values(case)
+        if any(known.get(name) is None for name in self._answer_variables - {"output_schema"}):
+            return None
         return self._run(self._answer_template, known | {"output_schema": self.output_schema})
 
     @cached_property

@@ -13,6 +13,9 @@ import pytest
 from training_runs import assert_close, assert_identical, recipe, run, weights
 
 from llmkit.errors import WontFitError
+from llmkit.recipe import parse
+from llmkit.runner import prepare
+from llmkit.stages import sft
 from llmkit.training.fit import FILE, Chosen
 
 TOY = Path(__file__).resolve().parents[1] / "toys" / "limited_run.py"
@@ -59,7 +62,7 @@ def test_auto_trains_what_8_trains(tmp_path: Path, tiny_llama: Path) -> None:
 def test_a_resumed_run_keeps_its_number(tmp_path: Path, tiny_llama: Path) -> None:
     what = recipe(tmp_path, tiny_llama, per_device_train_batch_size="auto", gradient_accumulation_steps=1)
     out = tmp_path / "kept"
-    out.mkdir()
+    prepare(parse(what | {"output_dir": str(out)}, sft.Recipe), "sft")
     Chosen(2, 4, 2).write(out)
     run(what, "kept")
     run(what, "eight", train__per_device_train_batch_size=8)

@@ -56,6 +56,13 @@ def test_blocks_become_messages() -> None:
     assert template.answer({"who": "Ann"}) == "Hello Ann"
 
 
+def test_a_case_without_what_the_answer_is_made_of_has_none() -> None:
+    template = PromptTemplate.parse(front("Sum up {{ text }}", "variables: [{name: text}]", 'answer: "{{ summary }}"'))
+    assert template.answer({"text": "a b", "summary": "a"}) == "a"
+    assert template.answer({"text": "a b"}) is None
+    assert template.answer({"text": "a b", "summary": None}) is None
+
+
 def test_a_body_without_blocks_is_the_users_message() -> None:
     template = PromptTemplate.parse(front("Say {{ x }}\n", "variables: [{name: x}]"))
     assert template.render({"x": "a"}) == [{"role": "user", "content": "Say a"}]
