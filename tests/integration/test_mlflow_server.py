@@ -21,6 +21,8 @@ from llmkit.recipe import TrackingSettings
 from llmkit.tracking import open_tracker, read_metrics, sync
 from llmkit.tracking.state import load_state
 
+pytestmark = pytest.mark.server
+
 
 def settings(uri: str, **more: Any) -> TrackingSettings:
     return TrackingSettings(**({"uri": uri, "experiment": "tracking-tests", "system_metrics": False} | more))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.server
+
 KEY, SECRET = "llmkit", "llmkit-secret"  # of the store that this test starts
 
 
