@@ -66,7 +66,7 @@ def _end(how: str, ctx: RunContext) -> None:
         with Path("/dev/full").open("w") as file:
             file.write("x" * 100_000)
     if how == "missing":
-        import vllm  # noqa: F401  not installed where the tests run
+        import presidio_analyzer  # noqa: F401  not installed where the tests run
     if how == "secret":
         raise MissingError("https://me:s3cr3tpw@host/rows.jsonl cannot be reached")
     if how == "bug":
