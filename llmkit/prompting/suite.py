@@ -174,11 +174,16 @@ class Suite:
             )
         with ExitStack() as stack:
             helpers = self._helpers(types, answers, stack)
-            return [
+            graded = [
                 grade_case(prompt, model, answer, helpers)
                 for model, completions in made.items()
                 for prompt, answer in zip(self.prompts, completions, strict=True)
             ]
+        if cut := getattr(self.embed, "cut", 0):
+            self.notes.append(
+                f"{cut} texts were longer than {self.recipe.embedding_model} takes and were cut for `similar`"
+            )
+        return graded
 
     def _require(self, types: set[str]) -> None:
         """What is missing is told before the first answer, not after the last."""
@@ -239,9 +244,9 @@ def open_suite(recipe: Recipe) -> Suite:
     similar = "similar" in needed(assertion for test in tests for assertion in test.assertions)
     embed = None
     if recipe.embedding_model is not None and (similar or {"nearest", "same"} & set(rules)):
-        from llmkit.inference.embed import Embedder
+        from llmkit.inference.embedding.remember import TextVectors
 
-        embed = Embedder(recipe.embedding_model)
+        embed = TextVectors(recipe.embedding_model)
     labels = _labels(templates)
     tested = [Tested(label, one, chooser(one, embed)) for label, one in zip(labels, templates, strict=True)]
     suite = Suite(recipe, tested, tests, list(recipe.all_models), embed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def families(sequences: Sequence[Ids]) -> list[Family]:
     if len(sequences) < LEAST_ROWS:
         return [everything]
     order = sorted(range(len(sequences)), key=lambda row: sequences[row].astype(">i4").tobytes())
-    common = [_common(sequences[a], sequences[b]) for a, b in zip(order, order[1:], strict=False)]
+    common = [_common(sequences[a], sequences[b]) for a, b in pairwise(order)]
     if max(common) < LEAST_PREFIX:
         return [everything]
     best: list[Family] = []

@@ -154,7 +154,9 @@ class Encoder:
     def _probe(self, share_prefix: bool) -> None:
         """Find out whether flat rows have the states that each has alone, and whether a shared beginning keeps them."""
         rows = _probe_rows(embedding_rows(self.model))
-        alone = [self._own_forward(row[None].astype(np.int64), np.ones((1, len(row)), dtype=np.int64))[0] for row in rows]
+        alone = [
+            self._own_forward(row[None].astype(np.int64), np.ones((1, len(row)), dtype=np.int64))[0] for row in rows
+        ]
         padding = getattr(self.model.config.get_text_config(), "pad_token_id", None)
         for first in dict.fromkeys([0, (padding if isinstance(padding, int) else 1) + 1]):
             self.first_position = first

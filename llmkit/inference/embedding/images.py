@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -67,7 +68,7 @@ def image_key(value: Any) -> bytes:
     ).digest()  # fmt: skip
 
 
-class _Multimodal:
+class _Multimodal(ABC):
     """What the two kinds have in common: rows (text, image) to inputs ahead of the model, inputs to vectors."""
 
     def __init__(
@@ -154,11 +155,11 @@ class _Multimodal:
         tensors = {name: torch.from_numpy(value).to(self.model.device) for name, value in inputs.items()}
         return {name: x.to(self.model.dtype) if x.is_floating_point() else x for name, x in tensors.items()}
 
-    def _prepare(self, text: Any, picture: Any) -> Inputs | Refused:
-        raise NotImplementedError
+    @abstractmethod
+    def _prepare(self, text: Any, picture: Any) -> Inputs | Refused: ...
 
-    def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _forward(self, inputs: dict[str, Tensor]) -> Tensor: ...
 
 
 class PairEmbedder(_Multimodal):
@@ -241,8 +242,7 @@ class VisionLanguageEmbedder(_Multimodal):
 def _open(kind: Any, folder: EmbeddingFolder) -> Any:
     with quiet():
         try:
-            found = kind.from_pretrained(str(folder.weights), backend="pil")
-            return found
+            return kind.from_pretrained(str(folder.weights), backend="pil")
         except ImportError as error:
             raise MissingError(f"{folder.root}: its processor of images wants a package: {_first(error)}") from error
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -137,7 +137,9 @@ def _longest(folder: EmbeddingFolder, settings: EmbeddingSettings, tokenizer: An
     most = positions if isinstance(positions, int) and positions > 0 else None
     if settings.max_length is not None:
         if most is not None and settings.max_length > most:
-            raise UsageError(f"embedding.max_length: {settings.max_length:,} is more than the model's {most:,} positions")
+            raise UsageError(
+                f"embedding.max_length: {settings.max_length:,} is more than the model's {most:,} positions"
+            )
         return settings.max_length
     limits = [folder.max_length, most]
     if folder.max_length is None:
@@ -145,7 +147,9 @@ def _longest(folder: EmbeddingFolder, settings: EmbeddingSettings, tokenizer: An
     return min((limit for limit in limits if limit is not None and 0 < limit < _NO_LIMIT), default=None)
 
 
-_OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "roberta-prelayernorm"})
+_OFFSET_POSITIONS = frozenset(
+    {"roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "roberta-prelayernorm"}
+)
 """Models whose first position is that behind the padding token's id, so that they have fewer than the table's rows."""
 
 

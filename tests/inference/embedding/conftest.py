@@ -58,10 +58,18 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
                 "bert": ("Bert", {}),
                 "roberta": ("Roberta", {"pad_token_id": 1}),
                 "distilbert": ("DistilBert", {}),
-                "modernbert": ("ModernBert", {
-                    "local_attention": 32, "global_attn_every_n_layers": 2, "pad_token_id": 0,
-                    "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3,
-                }),
+                "modernbert": (
+                    "ModernBert",
+                    {
+                        "local_attention": 32,
+                        "global_attn_every_n_layers": 2,
+                        "pad_token_id": 0,
+                        "bos_token_id": 2,
+                        "eos_token_id": 3,
+                        "cls_token_id": 2,
+                        "sep_token_id": 3,
+                    },
+                ),
             }[name]
             folder = tmp_path_factory.mktemp(name)
             config = getattr(transformers, f"{kind}Config")(**SIZES, **more)

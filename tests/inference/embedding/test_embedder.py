@@ -33,7 +33,10 @@ def cosines(a: Any, b: Any) -> np.ndarray:
 
 def reference(folder: Path, texts: list[str], mode: str) -> np.ndarray:
     """Each text alone, by transformers' forward."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModel.from_pretrained(folder, dtype=torch.float32).eval(),
+    )
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
     found = []
