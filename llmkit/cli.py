@@ -56,7 +56,34 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Same as KEY=VALUE; may be repeated.", show_default=False),
 ]
-LauncherOption = Annotated[str, typer.Option(metavar="|".join(LAUNCHERS), help="Where the run runs.")]
+LauncherOption = Annotated[
+    str | None, typer.Option(metavar="|".join(LAUNCHERS), help="Where the run runs; the recipe's launch.launcher when left "
+                             "out.", show_default=False),
+]  # fmt: skip
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|FILE", help="Launch settings of a site, slurm/NAME.yaml or k8s/NAME.yaml; the recipe's own win.",
+                 show_default=False),
+]  # fmt: skip
+WaitOption = Annotated[
+    bool, typer.Option("--wait", help="Follow the submitted job's log, and end with the run's own exit code.")
+]
+AfterOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="JOB", help="Start when this job (a run's folder, or an id) has ended well; may be repeated.",
+                 show_default=False),
+]  # fmt: skip
+SweepOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=[V1,V2]", help="One run for each value, as an array of jobs; repeated, for each combination.",
+                 show_default=False),
+]  # fmt: skip
+JobArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="JOB", help="A run's folder, or the scheduler's id of a job under runs/.", show_default=False
+    ),
+]
 OutputDirOption = Annotated[
     str | None, typer.Option(metavar="DIR", help="Folder of the run, instead of the recipe's output_dir.",
                              show_default=False)
@@ -100,6 +127,7 @@ def build_app() -> typer.Typer:
         app.command(stage, help=long, short_help=short, rich_help_panel=STAGE_PANEL)(_stage_command(stage))
     for command in (plan, run, init, doctor, export_schema, chat, merge, export_weights, sync):
         app.command(command.__name__.replace("_", "-"))(command)
+    app.add_typer(_jobs_app(), name="jobs")
     return app
 
 
@@ -127,8 +155,9 @@ def stage_help(stage: str) -> tuple[str, str]:
 
 def _stage_command(stage: str) -> Callable[..., Action]:
     def command(
-        recipe: RecipeArg, overrides: Overrides = None, set_: SetOption = None, launcher: LauncherOption = "local",
-        output_dir: OutputDirOption = None, resume: ResumeOption = "auto", dry_run: DryRunOption = False,
+        recipe: RecipeArg, overrides: Overrides = None, set_: SetOption = None, launcher: LauncherOption = None,
+        profile: ProfileOption = None, output_dir: OutputDirOption = None, resume: ResumeOption = "auto",
+        dry_run: DryRunOption = False, wait: WaitOption = False, after: AfterOption = None, sweep: SweepOption = None,
         json: JsonOption = False, debug: DebugOption = False, **instead: Any,
     ) -> Action:  # fmt: skip
         from llmkit import commands
@@ -146,6 +175,10 @@ def _stage_command(stage: str) -> Callable[..., Action]:
             resume=resume,
             dry_run=dry_run,
             debug=debug,
+            profile=profile,
+            wait=wait,
+            after=after or (),
+            sweep=sweep or (),
         )
 
     return _with_options(command, INSTEAD.get(stage, {}))
@@ -370,6 +403,83 @@ def sync(run: RunArg, json: JsonOption = False, debug: DebugOption = False) -> A
     from llmkit import commands
 
     return lambda: commands.sync(run)
+
+
+def _jobs_app() -> typer.Typer:
+    """``llmkit jobs``: the same five verbs for every launcher."""
+    jobs = typer.Typer(
+        help="Look after jobs that were submitted to a scheduler.", no_args_is_help=True, rich_markup_mode=None
+    )
+
+    @jobs.command("list")
+    def list_(
+        folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where the runs' folders are.")] = "runs",
+        json: JsonOption = False,
+        debug: DebugOption = False,
+    ) -> Action:
+        """List the jobs of the runs in a folder, with their states.
+
+        Example:
+
+          llmkit jobs list
+        """
+        from llmkit import jobs
+
+        return lambda: jobs.listing(folder)
+
+    @jobs.command()
+    def status(job: JobArg, json: JsonOption = False, debug: DebugOption = False) -> Action:
+        """Say how a job stands: queued, running, done, failed, cancelled, timed out or preempted.
+
+        Example:
+
+          llmkit jobs status runs/mine
+        """
+        from llmkit import jobs
+
+        return lambda: jobs.status(job)
+
+    @jobs.command()
+    def logs(
+        job: JobArg,
+        follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job ends.")] = False,
+        debug: DebugOption = False,
+    ) -> Action:
+        """Print what a job has written.
+
+        Example:
+
+          llmkit jobs logs runs/mine -f
+        """
+        from llmkit import jobs
+
+        return lambda: jobs.logs(job, follow=follow)
+
+    @jobs.command()
+    def cancel(job: JobArg, json: JsonOption = False, debug: DebugOption = False) -> Action:
+        """Take a job out of the queue, or end it. What it saved stays; the same command submits it again.
+
+        Example:
+
+          llmkit jobs cancel runs/mine
+        """
+        from llmkit import jobs
+
+        return lambda: jobs.cancel(job)
+
+    @jobs.command()
+    def wait(job: JobArg, json: JsonOption = False, debug: DebugOption = False) -> Action:
+        """Wait for the end of a job, and end with its run's exit code.
+
+        Example:
+
+          llmkit jobs wait runs/mine
+        """
+        from llmkit import jobs
+
+        return lambda: jobs.wait(job)
+
+    return jobs
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from llmkit import launch, ranks, rundir, runner, stages
+from llmkit import jobs, launch, ranks, rundir, runner, stages, sweeps
 from llmkit.context import Result
 from llmkit.errors import MissingError, UsageError, WontFitError
 from llmkit.launch.job import Job
@@ -27,25 +27,50 @@ def stage(
     recipe_path: str,
     overrides: Sequence[str],
     *,
-    launcher: str,
+    launcher: str | None,
     output_dir: str | None,
     resume: str,
     dry_run: bool,
     debug: bool = False,
+    profile: str | None = None,
+    wait: bool = False,
+    after: Sequence[str] = (),
+    sweep: Sequence[str] = (),
 ) -> Reply:
     """``llmkit <stage> RECIPE``: read, prepare, launch."""
-    _known(launcher, launch.LAUNCHERS, "launcher", "--launcher: ")
-    changes = [*overrides, *([f"output_dir={runner.quoted(output_dir)}"] if output_dir is not None else [])]
+    if launcher is not None:
+        _known(launcher, launch.LAUNCHERS, "launcher", "--launcher: ")
+    changes = [
+        *overrides,
+        *([f"output_dir={runner.quoted(output_dir)}"] if output_dir is not None else []),
+        *([f"launch.launcher={launcher}"] if launcher is not None else []),
+    ]
     for change in overrides:
         if "=" not in change or change.startswith("="):
             raise UsageError(
                 f"{change!r} is not KEY=VALUE. There is one recipe; what follows it changes its keys, "
                 "e.g. train.max_steps=20."
             )
-    recipe: Recipe = load_recipe(recipe_path, stages.load(name).Recipe, changes)
-    if not any(change.startswith("output_dir=") for change in changes):
-        recipe = recipe.in_own_folder()
-    return _start(name, recipe, launcher=launcher, resume=resume, dry_run=dry_run, debug=debug)
+    in_own = not any(change.startswith("output_dir=") for change in changes)
+
+    def resolved(more: Sequence[str]) -> Recipe:
+        recipe: Recipe = load_recipe(recipe_path, stages.load(name).Recipe, [*changes, *more], profile=profile)
+        return recipe.in_own_folder() if in_own else recipe
+
+    recipe = resolved(())
+    where = recipe.launch.launcher
+    if where == "local":
+        _only_elsewhere({"--wait": wait, "--after": after, "--sweep": sweep})
+        return _start(name, recipe, resume=resume, dry_run=dry_run, debug=debug)
+    runs = [recipe] if not sweep else [resolved(point) for point in sweeps.points(sweep, recipe)]
+    how = jobs.How(where, resume, dry_run=dry_run, debug=debug, wait=wait, after=after)
+    return jobs.start(name, runs, how)
+
+
+def _only_elsewhere(options: Mapping[str, Any]) -> None:
+    for option, value in options.items():
+        if value:
+            raise UsageError(f"{option} is for a launcher that runs a job elsewhere: --launcher slurm, for example.")
 
 
 def plan(
@@ -107,11 +132,12 @@ def run_frozen(recipe_path: str, *, resume: str, dry_run: bool, debug: bool = Fa
     _known(frozen.stage, stages.STAGES, "stage", f"{path.parent / rundir.RUN}: ")
     folder = f"output_dir={runner.quoted(str(path.parent))}"
     recipe: Recipe = load_recipe(path, stages.load(frozen.stage).Recipe, [folder])
-    return _start(frozen.stage, recipe, launcher="local", resume=resume, dry_run=dry_run, debug=debug)
+    return _start(frozen.stage, recipe, resume=resume, dry_run=dry_run, debug=debug)
 
 
-def _start(name: str, recipe: Recipe, *, launcher: str, resume: str, dry_run: bool, debug: bool) -> Reply:
-    where = launch.load(launcher)
+def _start(name: str, recipe: Recipe, *, resume: str, dry_run: bool, debug: bool) -> Reply:
+    from llmkit.launch import local as where
+
     folder = Path(recipe.output_dir).expanduser().absolute()
     argv = ("llmkit", "run", str(folder / rundir.RECIPE), *(["--debug"] if debug else []))
     job = Job(argv, output_dir=folder, cwd=Path.cwd(), resources=where.resources(recipe))

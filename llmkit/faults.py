@@ -18,7 +18,7 @@ EXTRA_OF: dict[str, str] = {
     "numpy": "train", "pandas": "train", "peft": "train", "pyarrow": "train", "safetensors": "train",
     "tokenizers": "train", "torch": "train", "transformers": "train",
     "bitsandbytes": "quantize", "gguf": "demo", "kubernetes": "k8s", "ray": "ray", "s3fs": "s3", "fsspec": "s3",
-    "vllm": "vllm",
+    "vllm": "vllm", "presidio_analyzer": "presidio", "PIL": "image", "lance": "lance", "faiss": "faiss", "kubeflow": "k8s",
 }  # fmt: skip
 """The extra of llmkit that brings a package, by the name it is imported under."""
 

@@ -8,105 +8,27 @@ where the shell expands them, is the place for what differs. Secrets are refused
 
 from __future__ import annotations
 
-import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from llmkit import overrides as override_keys
 from llmkit.errors import Problem, RecipeError
+from llmkit.launch_settings import LaunchSettings
 from llmkit.overrides import Overrides
+from llmkit.profiles import put_under
 from llmkit.recipe_errors import Conflict, find_problems, remaining, tidy
-from llmkit.secrets import find, mask, names_secret
+from llmkit.secrets import mask, names_secret
+from llmkit.settings import Settings
 from llmkit.yaml_positions import MAX_DEPTH, Document, Place, add_core_schema, read_file
 
 __all__ = [
     "Conflict", "LaunchSettings", "Overrides", "Recipe", "Settings", "TrackingSettings", "diff", "dump", "load_recipe", "parse",
 ]  # fmt: skip
-
-
-class Settings(BaseModel):
-    """A block of a recipe: frozen, strict about types, without unknown keys; the string below a field documents it.
-
-    A subclass tells what is wrong between its settings by ``conflicts``, and by ``not_here`` (key: advice) which key
-    of another recipe does not belong into it.
-    """
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        validate_default=False,
-        hide_input_in_errors=True,
-    )
-    not_here: ClassVar[Mapping[str, str]] = {}
-    free_text: ClassVar[frozenset[str]] = frozenset()
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Settings that are fine each, and wrong together."""
-        return iter(())
-
-    def all_conflicts(self) -> Iterator[Conflict]:
-        """``conflicts``, and values that no block may hold: secrets, variables that nobody expands, NaN."""
-        for name in type(self).model_fields:
-            yield from _value_conflicts(getattr(self, name, None), name, name in self.free_text)
-        yield from self.conflicts()
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        found = [f"{c.key}: {c.message}" + (f" ({c.hint})" if c.hint else "") for c in self.all_conflicts()]
-        if found:
-            raise PydanticCustomError("conflict", "{text}", {"text": mask("; ".join(found))})
-        return self
-
-
-def _value_conflicts(value: Any, key: str, free: bool) -> Iterator[Conflict]:
-    """What is wrong with a plain value (blocks look after themselves), whatever its setting is."""
-    if isinstance(value, str):
-        yield from _text_conflicts(value, key, free)
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield Conflict(key, f"expected a finite number, got {value}")
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            if names_secret(str(name)) and isinstance(item, str) and item:
-                yield Conflict(f"{key}.{name}", "looks like a secret", _NO_SECRETS)
-            elif find(str(name)):
-                yield Conflict(key, "a key in it looks like a secret", _NO_SECRETS)
-            else:
-                yield from _text_conflicts(str(name), key, True)
-                yield from _value_conflicts(item, f"{key}.{name}", free)
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from _value_conflicts(item, f"{key}.{i}", free)
-
-
-_NO_SECRETS = (
-    "a recipe holds no secrets: set it in the environment (HF_TOKEN, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD)"
-)
-_VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?")
-
-
-def _text_conflicts(value: str, key: str, free: bool) -> Iterator[Conflict]:
-    if what := find(value):
-        yield Conflict(key, f"holds {what}", _NO_SECRETS)
-    if any("\ud800" <= c <= "\udfff" or c == "\0" for c in value):
-        yield Conflict(key, "holds a character that no file can hold (NUL or half of a surrogate pair)")
-    if free:
-        return
-    if variable := _VARIABLE.search(value):
-        hint = f'write the value, or let the shell expand it: {key}="..." on the command line'
-        yield Conflict(key, f"{variable.group()} is not expanded in a recipe", hint)
-    if value.startswith("~/"):
-        hint = "write the whole path, or one relative to the working directory"
-        yield Conflict(key, "`~` is not expanded in a recipe", hint)
 
 
 with warnings.catch_warnings():
@@ -148,13 +70,6 @@ with warnings.catch_warnings():
                 yield Conflict("alias", "needs `register`, the name of the registered model", also=("register",))
 
 
-class LaunchSettings(Settings):
-    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Processes on each machine; ``auto`` is one for each visible GPU, one on a CPU. Under another program's launcher (torchrun) it is that program's number."""
-    timeout_minutes: Annotated[float, Field(gt=0, le=10_000)] = 30.0
-    """Longest that a process waits for the others in one exchange (the process group's time-out in NCCL and gloo) before the run ends."""
-
-
 class Recipe(Settings):
     """What every stage has."""
 
@@ -185,8 +100,9 @@ class Recipe(Settings):
             yield Conflict("output_dir", "is empty", "remove the line to take `runs/<name>`")
         if not 0 <= self.seed < 2**32:
             yield Conflict("seed", "expected a whole number from 0 to 4294967295")
-        if self.launch.processes not in ("auto", 1) and not self.several_processes:
-            yield Conflict("launch.processes", "this stage runs as one process", "remove it, or set it to 1")
+        for key, several in (("processes", self.launch.processes not in ("auto", 1)), ("nodes", self.launch.nodes > 1)):
+            if several and not self.several_processes:
+                yield Conflict(f"launch.{key}", "this stage runs as one process", "remove it, or set it to 1")
 
     def input_digests(self) -> Mapping[str, str]:
         """Digests of what a run reads beside ``data``, by name: by them a run knows that its inputs changed."""
@@ -213,15 +129,21 @@ def _wrong_name(name: str) -> str:
 R = TypeVar("R", bound=Recipe)
 
 
-def load_recipe(path: str | Path, recipe_type: type[R], overrides: Overrides = ()) -> R:
-    """Read, override and validate a recipe file. Raises RecipeError with every mistake that was found."""
-    return _build(read_file(path), recipe_type, overrides)
+def load_recipe(path: str | Path, recipe_type: type[R], overrides: Overrides = (), *, profile: str | None = None) -> R:
+    """Read, override and validate a recipe file. Raises RecipeError with every mistake that was found.
+
+    ``profile`` names a file of launch settings (see ``llmkit.profiles``), over which the recipe's own win.
+    """
+    document = read_file(path)
+    put_under(document, profile)
+    return _build(document, recipe_type, overrides)
 
 
-def parse(data: Mapping[str, Any], recipe_type: type[R], overrides: Overrides = ()) -> R:
+def parse(data: Mapping[str, Any], recipe_type: type[R], overrides: Overrides = (), *, profile: str | None = None) -> R:
     """The same for a mapping, from Python; ``overrides`` may be ``{"train.max_steps": 20}``. Raises RecipeError."""
-    place = Place("recipe")
-    return _build(Document(_plain(data), place), recipe_type, overrides)
+    document = Document(_plain(data), Place("recipe"))
+    put_under(document, profile)
+    return _build(document, recipe_type, overrides)
 
 
 def _build(document: Document, recipe_type: type[R], overrides: Overrides) -> R:

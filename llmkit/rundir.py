@@ -28,7 +28,7 @@ RECIPE, RUN, RESULT, LOCK = "recipe.yaml", "run.json", "result.json", ".lock"
 
 NO_WORK = frozenset({
     RECIPE, RUN, RESULT, LOCK, "traceback.txt", "log.jsonl", "data_report.json", "token_lengths.png",
-    "tracking.json", "before.json", "deepspeed.json", "batch_size.json", "logs", "guard_report.json",
+    "tracking.json", "before.json", "job.json", "deepspeed.json", "batch_size.json", "logs", "guard_report.json",
     "guard_rows.jsonl", "guard_lengths.png", "perplexity.png",
 })  # fmt: skip
 """What a run leaves behind that failed before it had trained anything; losing it loses no work."""
@@ -186,6 +186,15 @@ def read_result(folder: Path) -> Result | None:
         return Result.from_json((folder / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def tracked_run(folder: Path) -> str | None:
+    """The id of the run's MLflow run, None where it has none (yet)."""
+    try:
+        found: str | None = json.loads((folder / "tracking.json").read_text(encoding="utf-8")).get("run_id")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -100,6 +100,10 @@ def init_recipe(stage: str) -> str:
     return textwrap.dedent(head).lstrip() + "\n" + "\n".join(_starter_lines(model, starter)).rstrip() + "\n"
 
 
+_ONE_LINE = ("launch.slurm", "launch.kubernetes")
+"""Blocks that a starter only names: they are long, and belong into a site's profile."""
+
+
 def _needs_thought(info: FieldInfo, inner: type[BaseModel]) -> bool:
     """A block that is off and has keys without a default cannot be switched on line by line."""
     return (
@@ -112,7 +116,9 @@ def _starter_lines(model: type[BaseModel], starter: dict[str, Any], prefix: str 
     for key, info in model.model_fields.items():
         path = prefix + key
         yield from (f"{indent}# {line}" for line in textwrap.wrap(_meaning(info), 110 - len(indent)))
-        if (inner := _inner(info)) and not _needs_thought(info, inner):
+        if path in _ONE_LINE:
+            yield f"{indent}# {key}: {{}}"
+        elif (inner := _inner(info)) and not _needs_thought(info, inner):
             live = any(known.startswith(f"{path}.") for known in starter)
             yield f"{indent}{key}:" if live else f"{indent}# {key}:"
             lines = _starter_lines(inner, starter, f"{path}.")

@@ -123,7 +123,7 @@ def test_usage_mistakes_end_with_2_and_no_traceback(cli: Cli, toy_recipe: Path, 
     [
         ("done", 0, "run folder:"), ("bug", 1, "a bug in llmkit: JSONDecodeError"), ("data", 3, "rows 1, 2 and 3"),
         ("gate", 4, "above the bound"), ("memory", 5, "Out of memory"), ("disk", 5, "The disk is full"),
-        ("missing", 6, "pip install 'llmkit[vllm]'"), ("interrupt", 130, "interrupted"),
+        ("missing", 6, "pip install 'llmkit[presidio]'"), ("interrupt", 130, "interrupted"),
     ],
 )  # fmt: skip
 def test_exit_codes(cli: Cli, toy_recipe: Path, tmp_path: Path, end: str, code: int, said: str) -> None:

@@ -52,8 +52,10 @@ def test_every_stage_has_a_line_in_the_table_and_the_shape_of_a_stage() -> None:
 
 def test_every_launcher_has_a_line_in_the_table() -> None:
     from llmkit import launch
+    from llmkit.launch_settings import LauncherName
 
-    assert modules_in("launch") - {"job"} == set(launch.LAUNCHERS)
+    assert modules_in("launch") - {"job", "record", "remote", "tail"} == set(launch.LAUNCHERS)
+    assert set(get_args(LauncherName)) == set(launch.LAUNCHERS)
     for target in launch.LAUNCHERS.values():
         assert importlib.import_module(target) is not None
 

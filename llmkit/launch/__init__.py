@@ -1,5 +1,9 @@
-"""Where a run runs. A launcher is a module with ``resources(recipe)``, ``render(job) -> text`` (pure) and
-``submit(job, recipe, stage, resume) -> Result``."""
+"""Where a run runs: the launchers by name.
+
+A launcher is a module with ``resources(recipe)``, ``render(job, settings) -> text`` (pure: the same job gives the same
+text), and ``describe(job)``. One that runs elsewhere also has ``submit(job, settings) -> Place``, ``find(token)``,
+``status(record)``, ``logs(record, follow)`` and ``cancel(record)``; ``launch.remote`` does what they have in common.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from types import ModuleType
 
 LAUNCHERS: dict[str, str] = {
     "local": "llmkit.launch.local",
+    "slurm": "llmkit.launch.slurm",
 }
 
 PROGRAM: list[str] = []

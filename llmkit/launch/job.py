@@ -14,13 +14,26 @@ class Resources:
     nodes: int = 1
     processes_per_node: int = 1
 
+    @property
+    def processes(self) -> int:
+        return self.nodes * self.processes_per_node
+
 
 @dataclass(frozen=True)
 class Job:
-    """``argv`` is the command every launcher starts, run in ``cwd`` with ``env`` added to the environment."""
+    """``argv`` is the command every launcher starts, run in ``cwd`` with ``env`` added to the environment.
+
+    ``token`` is in the submitted text and in the record, so that a job whose submission was interrupted is found
+    again; ``recipe`` is the frozen recipe's text; ``sweep`` holds the recipe files of a sweep's runs, in their order.
+    """
 
     argv: tuple[str, ...]
     output_dir: Path
     cwd: Path
     env: Mapping[str, str] = field(default_factory=dict)
     resources: Resources = Resources()
+    name: str = "run"
+    stage: str = "run"
+    token: str = ""
+    recipe: str = ""
+    sweep: tuple[Path, ...] = ()

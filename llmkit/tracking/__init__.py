@@ -1,5 +1,6 @@
 """Recording of runs: a log on disk before everything, MLflow behind it. Importing this loads neither mlflow nor torch."""
 
+from llmkit.tracking.announce import announce
 from llmkit.tracking.flatten import flatten
 from llmkit.tracking.links import run_url, ui_command
 from llmkit.tracking.masking import mask, mask_command, mask_tree
@@ -11,6 +12,7 @@ __all__ = [
     "NullTracker",
     "RunTracker",
     "SyncReport",
+    "announce",
     "flatten",
     "mask",
     "mask_command",

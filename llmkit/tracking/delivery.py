@@ -224,6 +224,11 @@ class Delivery:
         with self._translated():
             self._client.set_terminated(self.state.run_id, "KILLED", time_ms)
 
+    def mark_scheduled(self) -> None:
+        """The run's process has not begun."""
+        with self._translated():
+            self._client.update_run(self.state.run_id, status="SCHEDULED")
+
     def _send(self, events: Sequence[Event]) -> None:
         first = events[0]
         if first.kind in ("metrics", "params", "tags", "start"):

@@ -110,7 +110,8 @@ def characters(texts: Sequence[str]) -> Characters:
 def _last_class(classes: NDArray[np.uint8], ends: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """At each place the class of the last character that is not apart, 0 after the end of a text."""
     known = np.where((classes != _APART) | ends, np.arange(len(classes)), 0)
-    return classes[np.maximum.accumulate(known)]
+    last: NDArray[np.uint8] = classes[np.maximum.accumulate(known)]
+    return last
 
 
 def mix(values: Hashes) -> Hashes:

@@ -1,0 +1,214 @@
+"""What launchers have in common that run a job elsewhere: submit it once, follow it, end with the run's own exit code.
+
+The order of a submission is what makes it happen once: the folder is claimed and the recipe frozen in it, then
+``job.json`` is written with a token, then the job is submitted with the token in it, then its id is written down. Whatever
+is interrupted, the next start finds the job by its token, or knows that there is none.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+from llmkit import launch, rundir, runner
+from llmkit.context import Result
+from llmkit.errors import LlmkitError, MissingError, ProcessLostError, StoppedEarly, UsageError
+from llmkit.launch import record as records
+from llmkit.launch.job import Job
+from llmkit.launch.record import JobStatus, Place, Record
+from llmkit.recipe import Recipe, dump
+from llmkit.runner import Prepared
+
+POLL_SECONDS = 2.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """``new`` is False where the run has been submitted before and its job is still there."""
+
+    record: Record
+    status: JobStatus
+    new: bool
+
+
+def job_of(recipes: Sequence[Recipe], stage: str, launcher: str, *, token: str = "", debug: bool = False) -> Job:
+    """The job that starts a recipe whose ``output_dir`` is absolute, or those of a sweep."""
+    first = recipes[0]
+    folder = Path(first.output_dir)
+    argv = ("llmkit", "run", str(folder / rundir.RECIPE), *(["--debug"] if debug else []))
+    return Job(
+        argv, folder, Path.cwd(), resources=launch.load(launcher).resources(first), name=first.name, stage=stage, token=token,
+        recipe=dump(first), sweep=tuple(Path(r.output_dir) / rundir.RECIPE for r in recipes) if len(recipes) > 1 else (),
+    )  # fmt: skip
+
+
+def submit(
+    recipe: Recipe, stage: str, launcher: str, resume: str, *, after: Sequence[str] = (), debug: bool = False
+) -> Submitted | Result:
+    """Put a run into a scheduler's queue, or give back the result of a finished one, or the job that it is already.
+
+    Raises the classes of ``llmkit.errors``: UsageError for a job that the scheduler refuses or will never start,
+    MissingError where there is no such scheduler here.
+    """
+    (outcome,) = submit_sweep([recipe], stage, launcher, resume, after=after, debug=debug)
+    return outcome
+
+
+def submit_sweep(
+    recipes: Sequence[Recipe], stage: str, launcher: str, resume: str, *, after: Sequence[str] = (), debug: bool = False
+) -> list[Submitted | Result]:
+    """The same for the runs of a sweep, as one array of jobs; those that are finished or in the queue are left alone."""
+    where = launch.load(launcher)
+    where.check(recipes[0].launch)
+    outcomes: dict[str, Submitted | Result] = {}
+    with ExitStack() as stack:
+        left: list[Prepared] = []
+        for recipe in recipes:
+            stack.enter_context(runner.understood(Path(recipe.output_dir)))
+            prepared = stack.enter_context(runner.claimed(recipe, stage, resume))
+            known = _known_already(prepared)
+            if known is None:
+                left.append(prepared)
+            else:
+                outcomes[recipe.output_dir] = known
+        if left:
+            new = _submit_anew(left, launcher, after, debug)
+            outcomes |= {str(one.record.output_dir): one for one in new}
+    return [outcomes[recipe.output_dir] for recipe in recipes]
+
+
+def _known_already(prepared: Prepared) -> Submitted | Result | None:
+    """The result of a finished run, or the job that a run is already; None where one has to be submitted."""
+    if prepared.finding.state == "done" and prepared.finding.result is not None:
+        return replace(prepared.finding.result, output_dir=prepared.folder)
+    before = records.read(prepared.folder)
+    if before is None:
+        return None
+    where = launch.load(before.launcher)
+    if not before.id:
+        place = where.find(before)
+        if place is None:
+            return None
+        before = before.placed(place)
+        before.write()
+    status: JobStatus = where.status(before)
+    return None if status.final else Submitted(before, status, new=False)
+
+
+def _submit_anew(runs: Sequence[Prepared], launcher: str, after: Sequence[str], debug: bool) -> list[Submitted]:
+    where = launch.load(launcher)
+    token = uuid.uuid4().hex
+    job = job_of([one.recipe for one in runs], runs[0].stage, launcher, token=token, debug=debug)
+    settings = where.waiting_for(runs[0].recipe.launch, after)
+    where.render(job, settings)  # what cannot be rendered is not recorded as submitted
+    new = [_record(one, launcher, token) for one in runs]
+    for record in new:
+        record.write()
+    try:
+        place: Place = where.submit(job, settings)
+        placed = [record.placed(where.part(place, i) if job.sweep else place) for i, record in enumerate(new)]
+        for record in placed:
+            record.write()
+        states = [where.look_after(record) for record in placed]
+    except LlmkitError:
+        for record in new:
+            (record.output_dir / records.RECORD).unlink()
+        raise
+    for one, record in zip(runs, placed, strict=True):
+        announce(one, record)
+    return [Submitted(record, status, new=True) for record, status in zip(placed, states, strict=True)]
+
+
+def _record(prepared: Prepared, launcher: str, token: str) -> Record:
+    before = records.read(prepared.folder)
+    earlier = (*before.earlier, before.id) if before is not None and before.id else ()
+    recipe = prepared.recipe
+    return Record(launcher, token, recipe.name, prepared.stage, prepared.folder, records.now(), earlier=earlier)
+
+
+def announce(prepared: Prepared, record: Record) -> None:
+    """Make the run's MLflow run now, so that a queued job is seen there; the job goes on with it."""
+    from llmkit.tracking import announce as announce_run
+
+    recipe = prepared.recipe
+    tags = {"llmkit.launcher": record.launcher, "llmkit.job_id": record.id, "llmkit.output_dir": str(record.output_dir)}
+    announce_run(recipe.tracking, output_dir=prepared.folder, name=recipe.name, stage=prepared.stage, tags=tags)
+
+
+# Following
+
+
+def status(record: Record) -> JobStatus:
+    """How a job stands. A scheduler forgets, a result does not: a finished run is ``done`` whatever is left of its job."""
+    result = rundir.read_result(record.output_dir)
+    if result is not None and result.status == "done":
+        return JobStatus("done", exit_code=0)
+    found: JobStatus = launch.load(record.launcher).status(record)
+    return found
+
+
+def wait(record: Record, *, follow: Callable[[str], None] | None = None) -> Result:
+    """Wait for a job's end, handing on what it logs; the run's result, or the error that it ended with."""
+    where = launch.load(record.launcher)
+    log = where.Log(record) if follow is not None else None
+    while True:
+        known = retried(lambda: status(record))
+        if log is not None and follow is not None and (text := log.more()):
+            follow(text)
+        if known.final:
+            break
+        time.sleep(POLL_SECONDS)
+    if log is not None and follow is not None and (text := log.rest()):
+        follow(text)
+    return conclude(record, known)
+
+
+def retried(call: Callable[[], T], attempts: int = 8) -> T:
+    """``call()``, again after a pause that doubles while the scheduler does not answer (up to about four minutes)."""
+    for attempt in range(attempts):
+        try:
+            return call()
+        except MissingError:
+            if attempt == attempts - 1:
+                raise
+            time.sleep(min(60.0, 2.0**attempt))
+    raise AssertionError("unreachable")
+
+
+def conclude(record: Record, known: JobStatus) -> Result:
+    """The result of a job that has ended. Raises what the run ended with."""
+    result = rundir.read_result(record.output_dir)
+    if result is not None and result.status == "done":
+        return replace(result, output_dir=record.output_dir)
+    said = f": {known.reason}" if known.reason else ""
+    words = f"Job {record.id} ({record.launcher}) {known.state.replace('_', ' ')}{said}."
+    if known.state in ("failed", "timed_out", "preempted") and result is not None and result.error:
+        raise _as_error(result, f"{words}\n{result.error}")
+    if known.state == "cancelled":
+        raise ProcessLostError(f"{words} The same command goes on from the last checkpoint.")
+    raise ProcessLostError(f"{words} See: llmkit jobs logs {record.output_dir}")
+
+
+def _as_error(result: Result, message: str) -> LlmkitError:
+    if result.status == "stopped":
+        return StoppedEarly(message)
+    kinds: Sequence[type[LlmkitError]] = (UsageError, MissingError, *LlmkitError.__subclasses__())
+    kind = next((k for k in kinds if k.exit_code == result.exit_code), LlmkitError)
+    return kind(message)
+
+
+def launcher_of(record: Record) -> ModuleType:
+    return launch.load(record.launcher)
+
+
+def to_stderr(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
