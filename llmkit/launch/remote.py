@@ -1,8 +1,8 @@
 """What launchers have in common that run a job elsewhere: submit it once, follow it, end with the run's own exit code.
 
-The order of a submission is what makes it happen once: the folder is claimed and the recipe frozen in it, then
-``job.json`` is written with a token, then the job is submitted with the token in it, then its id is written down. Whatever
-is interrupted, the next start finds the job by its token, or knows that there is none.
+The order of a submission is what makes it happen once: the recipe is frozen in the folder, ``job.json`` is written with a
+token, the job is submitted with the token in it, its id is written down. Whatever is interrupted, the next start finds
+the job by its token, or knows that there is none.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
+
+from filelock import FileLock, Timeout
 
 from llmkit import launch, rundir, runner
 from llmkit.context import Result
@@ -70,19 +72,39 @@ def submit_sweep(
     where.check(recipes[0].launch)
     outcomes: dict[str, Submitted | Result] = {}
     with ExitStack() as stack:
-        left: list[Prepared] = []
+        left: list[Recipe] = []
         for recipe in recipes:
-            stack.enter_context(runner.understood(Path(recipe.output_dir)))
-            prepared = stack.enter_context(runner.claimed(recipe, stage, resume))
-            known = _known_already(prepared)
+            folder = Path(recipe.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_submitting(folder))
+            known = _known_already(runner.look(recipe, stage, resume))
             if known is None:
-                left.append(prepared)
+                left.append(recipe)
             else:
                 outcomes[recipe.output_dir] = known
         if left:
-            new = _submit_anew(left, launcher, after, debug)
+            new = _submit_anew([_frozen(recipe, stage, resume) for recipe in left], launcher, after, debug)
             outcomes |= {str(one.record.output_dir): one for one in new}
     return [outcomes[recipe.output_dir] for recipe in recipes]
+
+
+@contextmanager
+def _submitting(folder: Path) -> Iterator[None]:
+    """One submission of a run at a time. Not the folder's own lock: the job takes that, maybe at once."""
+    lock = FileLock(folder / ".job.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"Another llmkit process is submitting {folder}. Wait for it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _frozen(recipe: Recipe, stage: str, resume: str) -> Prepared:
+    with runner.understood(Path(recipe.output_dir)):
+        return runner.prepare(recipe, stage, resume)
 
 
 def _known_already(prepared: Prepared) -> Submitted | Result | None:
@@ -100,7 +122,14 @@ def _known_already(prepared: Prepared) -> Submitted | Result | None:
         before = before.placed(place)
         before.write()
     status: JobStatus = where.status(before)
-    return None if status.final else Submitted(before, status, new=False)
+    if status.final:
+        return None
+    if prepared.finding.state == "set_aside":
+        raise UsageError(
+            f"Job {before.id} of the run in {prepared.folder} is {status.state}, and this recipe is another: "
+            f"{prepared.finding.why}. Cancel it (llmkit jobs cancel {prepared.folder}), or give another --output-dir."
+        )
+    return Submitted(before, status, new=False)
 
 
 def _submit_anew(runs: Sequence[Prepared], launcher: str, after: Sequence[str], debug: bool) -> list[Submitted]:
@@ -110,8 +139,9 @@ def _submit_anew(runs: Sequence[Prepared], launcher: str, after: Sequence[str], 
     settings = where.waiting_for(runs[0].recipe.launch, after)
     where.render(job, settings)  # what cannot be rendered is not recorded as submitted
     new = [_record(one, launcher, token) for one in runs]
-    for record in new:
+    for one, record in zip(runs, new, strict=True):
         record.write()
+        announce(one, record)
     try:
         place: Place = where.submit(job, settings)
         placed = [record.placed(where.part(place, i) if job.sweep else place) for i, record in enumerate(new)]
@@ -123,7 +153,7 @@ def _submit_anew(runs: Sequence[Prepared], launcher: str, after: Sequence[str], 
             (record.output_dir / records.RECORD).unlink()
         raise
     for one, record in zip(runs, placed, strict=True):
-        announce(one, record)
+        name_job(one, record)
     return [Submitted(record, status, new=True) for record, status in zip(placed, states, strict=True)]
 
 
@@ -139,8 +169,20 @@ def announce(prepared: Prepared, record: Record) -> None:
     from llmkit.tracking import announce as announce_run
 
     recipe = prepared.recipe
-    tags = {"llmkit.launcher": record.launcher, "llmkit.job_id": record.id, "llmkit.output_dir": str(record.output_dir)}
+    tags = {"llmkit.launcher": record.launcher, "llmkit.output_dir": str(record.output_dir)}
     announce_run(recipe.tracking, output_dir=prepared.folder, name=recipe.name, stage=prepared.stage, tags=tags)
+
+
+def name_job(prepared: Prepared, record: Record) -> None:
+    """Tell the MLflow run which job it is. Not through the run's log: the job may write that by now."""
+    from llmkit.tracking import tag_run
+
+    run_id = rundir.tracked_run(prepared.folder)
+    if run_id is not None:
+        link = dict(record.where).get("link", "")
+        tag_run(
+            prepared.recipe.tracking, run_id, {"llmkit.job_id": record.id} | ({"llmkit.job_link": link} if link else {})
+        )
 
 
 # Following

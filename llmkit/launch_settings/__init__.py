@@ -27,7 +27,7 @@ class LaunchSettings(Settings):
     slurm: SlurmSettings = SlurmSettings()
     """What ``--launcher slurm`` asks the cluster for."""
     kubernetes: KubernetesSettings = KubernetesSettings()
-    """What the launchers on Kubernetes ask the cluster for."""
+    """What ``--launcher pytorchjob`` and its like ask Kubernetes for."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.nodes > 1 and self.launcher == "local":

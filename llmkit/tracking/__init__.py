@@ -1,6 +1,6 @@
 """Recording of runs: a log on disk before everything, MLflow behind it. Importing this loads neither mlflow nor torch."""
 
-from llmkit.tracking.announce import announce
+from llmkit.tracking.announce import announce, tag_run
 from llmkit.tracking.flatten import flatten
 from llmkit.tracking.links import run_url, ui_command
 from llmkit.tracking.masking import mask, mask_command, mask_tree
@@ -21,5 +21,6 @@ __all__ = [
     "read_metrics",
     "run_url",
     "sync",
+    "tag_run",
     "ui_command",
 ]
