@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmkit import rundir, runner, stages
+from llmkit import runner, stages, uris
 from llmkit.context import Result
 from llmkit.launch import local
 from llmkit.launch.job import Job
@@ -51,8 +51,8 @@ def run(
     named = [str(change).split("=")[0] for change in overrides or ()]
     if output_dir is None and "output_dir" not in named and not isinstance(recipe, Recipe):
         resolved = resolved.in_own_folder()
-    folder = Path(resolved.output_dir).expanduser().absolute()
-    argv = ("llmkit", "run", str(folder / rundir.RECIPE))
+    folder = runner.folder_of(resolved)
+    argv = ("llmkit", "run", uris.recipe_of(resolved.output_dir, folder))
     job = Job(argv, output_dir=folder, cwd=Path.cwd(), resources=local.resources(resolved))
     return local.submit(job, resolved, stage, resume)
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from llmkit import jobs, launch, ranks, rundir, runner, stages, sweeps
+from llmkit import jobs, launch, mirror, ranks, rundir, runner, stages, sweeps, uris
 from llmkit.context import Result
 from llmkit.errors import MissingError, UsageError, WontFitError
 from llmkit.launch.job import Job
@@ -118,6 +118,8 @@ def instead(name: str, recipe_path: str, overrides: Sequence[str], option: str, 
 
 def run_frozen(recipe_path: str, *, resume: str, dry_run: bool, debug: bool = False) -> Reply:
     """``llmkit run OUTPUT/recipe.yaml``: the run of the folder that the recipe lies in, wherever it was moved to."""
+    if uris.is_uri(recipe_path):
+        return _run_remote(recipe_path, resume=resume, dry_run=dry_run, debug=debug)
     path = Path(recipe_path).absolute()
     if path.is_dir():
         path = path / rundir.RECIPE
@@ -130,16 +132,29 @@ def run_frozen(recipe_path: str, *, resume: str, dry_run: bool, debug: bool = Fa
             f"Start a new run with: llmkit STAGE {recipe_path}"
         )
     _known(frozen.stage, stages.STAGES, "stage", f"{path.parent / rundir.RUN}: ")
-    folder = f"output_dir={runner.quoted(str(path.parent))}"
+    folder = f"output_dir={runner.quoted(mirror.uri_of(path.parent) or str(path.parent))}"
     recipe: Recipe = load_recipe(path, stages.load(frozen.stage).Recipe, [folder])
+    return _start(frozen.stage, recipe, resume=resume, dry_run=dry_run, debug=debug)
+
+
+def _run_remote(uri: str, *, resume: str, dry_run: bool, debug: bool) -> Reply:
+    """``llmkit run s3://…/recipe.yaml``: the run of that folder, worked on in this machine's scratch folder."""
+    folder = uri.rstrip("/").removesuffix(f"/{rundir.RECIPE}")
+    with mirror.peek(folder, [rundir.RECIPE, rundir.RUN]) as here:
+        frozen = rundir.RunFile.read(here)
+        if frozen is None or not (here / rundir.RECIPE).is_file():
+            raise UsageError(f"{folder} is no run: it has no {rundir.RUN if frozen is None else rundir.RECIPE}.")
+        _known(frozen.stage, stages.STAGES, "stage", f"{folder}/{rundir.RUN}: ")
+        change = f"output_dir={runner.quoted(folder)}"
+        recipe: Recipe = load_recipe(here / rundir.RECIPE, stages.load(frozen.stage).Recipe, [change])
     return _start(frozen.stage, recipe, resume=resume, dry_run=dry_run, debug=debug)
 
 
 def _start(name: str, recipe: Recipe, *, resume: str, dry_run: bool, debug: bool) -> Reply:
     from llmkit.launch import local as where
 
-    folder = Path(recipe.output_dir).expanduser().absolute()
-    argv = ("llmkit", "run", str(folder / rundir.RECIPE), *(["--debug"] if debug else []))
+    folder = runner.folder_of(recipe)
+    argv = ("llmkit", "run", uris.recipe_of(recipe.output_dir, folder), *(["--debug"] if debug else []))
     job = Job(argv, output_dir=folder, cwd=Path.cwd(), resources=where.resources(recipe))
     if dry_run:
         return _dry_run(runner.look(recipe, name, resume), where.render(job), where.describe(job))
@@ -154,14 +169,14 @@ def _start(name: str, recipe: Recipe, *, resume: str, dry_run: bool, debug: bool
 
 def _dry_run(found: Prepared, command: str, processes: str) -> Reply:
     print(
-        f"would run:      {command}\nprocesses:      {processes}\noutput folder:  {found.folder} ({_folder_state(found)})\n"
+        f"would run:      {command}\nprocesses:      {processes}\noutput folder:  {found.uri or found.folder} ({_folder_state(found)})\n"
         f"resume:         {resume_point(found)}",
         file=sys.stderr,
         flush=True,
     )
     text = dump(found.recipe)
     data = {
-        "dry_run": True, "stage": found.stage, "command": command, "processes": processes, "output_dir": str(found.folder),
+        "dry_run": True, "stage": found.stage, "command": command, "processes": processes, "output_dir": found.uri or str(found.folder),
         "state": found.finding.state, "resume": resume_point(found), "recipe": _yaml(text),
     }  # fmt: skip
     return Reply(text, data)
@@ -173,6 +188,7 @@ def _folder_state(found: Prepared) -> str:
         "continue": "holds this run, unfinished",
         "done": found.finding.why,
         "set_aside": f"would be kept under another name: {found.finding.why}",
+        "unseen": f"in an object store that is asked when the run starts; works in {found.folder}",
     }[found.finding.state]
 
 
@@ -183,6 +199,8 @@ def resume_point(found: Prepared) -> str:
     last = rundir.last_checkpoint(found.folder) if found.finding.state == "continue" else None
     if found.finding.state == "done":
         return "nothing to do"
+    if found.finding.state == "unseen":
+        return "the last complete checkpoint in the store, if there is one"
     return f"the last complete checkpoint, {last.name} if it is complete" if last else "from the start"
 
 
@@ -223,6 +241,8 @@ def chat(
     quiet_libraries()
     from llmkit.inference.chat import chat_loop
 
+    if uris.is_uri(model):
+        model = str(mirror.fetched(model, ("model", "adapter"), note=_to_stderr))
     chat_loop(model, prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     return Reply()
 
@@ -232,6 +252,12 @@ def merge(run: str, output: str | None) -> Reply:
     quiet_libraries()
     from llmkit.modeling.adapters import merge_run
 
+    if uris.is_uri(run):
+        if output is None:
+            raise UsageError(
+                f"{run} is in an object store: say with --output in which folder here the merged model shall be."
+            )
+        run = str(mirror.fetched(run, ("adapter",), note=_to_stderr))
     return _report(merge_run(_run_folder(run), Path(output) if output is not None else None))
 
 
@@ -250,10 +276,19 @@ def sync(run: str) -> Reply:
     quiet_libraries()
     from llmkit.tracking import sync as send
 
-    return _report(send(_run_folder(run), note=lambda text: print(text, file=sys.stderr, flush=True)))
+    return _report(send(_run_folder(run), note=_to_stderr))
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _run_folder(run: str) -> Path:
+    if uris.is_uri(run):
+        raise UsageError(
+            f"{run}: this command works on a folder of this machine. The run's scratch folder, where it worked here, is "
+            f"{uris.workplace(run)}."
+        )
     folder = Path(run).expanduser().absolute()
     if not folder.is_dir():
         raise MissingError(f"There is no run folder {run}.")

@@ -19,7 +19,8 @@ class Result:
 
     ``metrics`` are plain floats by name; ``artifacts`` name files and folders of the run, relative to
     ``output_dir``; ``samples`` are answers before and after: ``prompt``, ``reference``, ``before``, ``after``.
-    ``exit_code`` and ``finished_at`` (UTC, ISO 8601) are filled in by the runner.
+    ``exit_code``, ``finished_at`` (UTC, ISO 8601) and ``uri`` (the run's folder, where it is in an object store) are
+    filled in by the runner.
     """
 
     stage: str
@@ -33,6 +34,7 @@ class Result:
     error: str | None = None
     exit_code: int = 0
     finished_at: str | None = None
+    uri: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"output_dir": str(self.output_dir)}, indent=2, ensure_ascii=False)
@@ -101,9 +103,28 @@ class StopFlag:
         return self._event.is_set()
 
 
+class Outbox(Protocol):
+    """Where a run's finished files go when its folder is in an object store; see ``llmkit.mirror``.
+
+    The first process of every machine has one. No call but ``fetch`` waits for the store.
+    """
+
+    def publish(self, path: Path, *, divided: bool = False) -> None: ...
+    def publish_part(self, path: Path, unit: Path) -> None:
+        """``path`` holds what another machine than the first has of ``unit``, which the first publishes as ``divided``."""
+
+    def retire(self, path: Path) -> None: ...
+    def published(self, folder: Path) -> list[Path]:
+        """What is in the store below ``folder``, or will be; it need not be on this machine."""
+
+    def fetch(self, path: Path) -> None:
+        """Have a published file or folder on this machine. Raises StoreError where it does not become complete."""
+
+
 @dataclass(frozen=True)
 class RunContext:
-    """Given to a stage's ``run``. ``resume`` is ``auto``, ``never`` or the path of a checkpoint."""
+    """Given to a stage's ``run``. ``resume`` is ``auto``, ``never`` or the path of a checkpoint; ``outbox`` is None where
+    the run's folder is on this machine's own file system."""
 
     output_dir: Path
     tracker: Tracker
@@ -112,7 +133,15 @@ class RunContext:
     resume: str = "auto"
     rank: int = 0
     world_size: int = 1
+    outbox: Outbox | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def publish(self, path: Path, *, divided: bool = False) -> None:
+        """Say, on rank 0, that a file or folder of the run is finished: it is uploaded beside the run where the run's
+        folder is in an object store. It may be removed afterwards, never changed. ``divided``: every machine has files
+        of it (``Outbox.publish_part``)."""
+        if self.outbox is not None:
+            self.outbox.publish(path, divided=divided)

@@ -9,6 +9,7 @@
     ├── GateError               4   a quality bound or gate was not met
     ├── WontFitError            5   not enough memory or disk
     ├── MissingError            6   a package, model, server or device is not there
+    │   └── StoreError          6   an object store is away, or refuses
     ├── ProcessLostError        1   a process of the run was killed, or does not answer
     └── StoppedEarly          138   stopped with a checkpoint: run the same command again
 
@@ -90,6 +91,14 @@ class MissingError(LlmkitError):
     def extra(cls, package: str, extra: str) -> MissingError:
         """A Python package that an extra of llmkit brings is not installed."""
         return cls(f"{package} is not installed. Install it with: pip install 'llmkit[{extra}]'")
+
+
+class StoreError(MissingError):
+    """``passing``: the same request may do later."""
+
+    def __init__(self, message: str, *, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 class ProcessLostError(LlmkitError):

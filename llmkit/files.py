@@ -1,4 +1,4 @@
-"""Files that are on the disk when the call returns."""
+"""Files that are on the disk when the call returns, and where llmkit keeps its own."""
 
 from __future__ import annotations
 
@@ -13,3 +13,12 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cache_folder() -> Path:
+    """Where the user's caches of llmkit are: ``LLMKIT_CACHE``, else ``XDG_CACHE_HOME/llmkit``, else ``~/.cache/llmkit``."""
+    named = os.environ.get("LLMKIT_CACHE")
+    if named:
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "llmkit"

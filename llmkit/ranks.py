@@ -49,6 +49,23 @@ class Ranks:
         return cls(rank, world)
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """Which machine of the run this process is on (``number``), of how many, and its rank there."""
+
+    number: int = 0
+    count: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> Nodes:
+        """LOCAL_WORLD_SIZE and LOCAL_RANK, as torchrun and DeepSpeed set them; without them all is one machine."""
+        ranks = Ranks.from_environment()
+        here = os.environ.get("LOCAL_WORLD_SIZE", "")
+        size = int(here) if here.isdigit() and int(here) else ranks.world_size
+        return cls(ranks.rank // size, -(-ranks.world_size // size), ranks.rank % size)
+
+
 # The launcher
 
 

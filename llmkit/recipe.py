@@ -24,6 +24,7 @@ from llmkit.profiles import put_under
 from llmkit.recipe_errors import Conflict, find_problems, remaining, tidy
 from llmkit.secrets import mask, names_secret
 from llmkit.settings import Settings
+from llmkit.uris import is_uri, mistake
 from llmkit.yaml_positions import MAX_DEPTH, Document, Place, add_core_schema, read_file
 
 __all__ = [
@@ -85,7 +86,7 @@ class Recipe(Settings):
     seed: int = 0
     """Seed of everything random: order, dropout, initial weights, samples."""
     output_dir: str = Field(default_factory=lambda data: f"runs/{data.get('name', 'run')}")
-    """Folder of the run, ``runs/<name>`` by default. A run of the same recipe in it is resumed, of another refused."""
+    """Folder of the run, ``runs/<name>`` by default, or a URI such as ``s3://bucket/runs/mine`` (docs/object-store.md). A run of the same recipe in it is resumed, of another refused."""
     tracking: TrackingSettings = TrackingSettings()
     """Where the run is recorded."""
     several_processes: ClassVar[bool] = False
@@ -98,6 +99,8 @@ class Recipe(Settings):
             yield Conflict("name", f"{wrong}; it names a folder")
         if not self.output_dir.strip():
             yield Conflict("output_dir", "is empty", "remove the line to take `runs/<name>`")
+        if is_uri(self.output_dir) and (why := mistake(self.output_dir)):
+            yield Conflict("output_dir", why, "e.g. s3://bucket/runs/mine")
         if not 0 <= self.seed < 2**32:
             yield Conflict("seed", "expected a whole number from 0 to 4294967295")
         for key, several in (("processes", self.launch.processes not in ("auto", 1)), ("nodes", self.launch.nodes > 1)):

@@ -39,7 +39,8 @@ WITHOUT_EFFECT = (
 )  # fmt: skip
 """Keys that may change between two starts of one run: they do not change what comes out."""
 
-State = Literal["new", "continue", "done", "set_aside"]
+State = Literal["new", "continue", "done", "set_aside", "unseen"]
+"""``unseen`` is a folder in an object store that was not asked yet."""
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ writes ``result.json`` (last)."""
 from __future__ import annotations
 
 import json
+import logging
 import random
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
@@ -17,22 +18,26 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llmkit import __version__, errors, rundir, stages
+from llmkit import __version__, errors, mirror, rundir, stages, uris
 from llmkit.context import Progress, Result, RunContext, Status, StopFlag, Tracker
 from llmkit.errors import GateError, LlmkitError, ProcessLostError, StoppedEarly, UsageError
 from llmkit.faults import EXIT_BUG, EXIT_INTERRUPTED, describe_bug, translate
+from llmkit.mirror import Mirror
 from llmkit.progress import open_progress, quiet_libraries
-from llmkit.ranks import Meeting, Ranks
+from llmkit.ranks import Meeting, Nodes, Ranks
 from llmkit.recipe import Recipe, dump
 from llmkit.rundir import Finding
 from llmkit.secrets import mask
+
+_log = logging.getLogger("llmkit.mirror")
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that may begin: its recipe has an absolute ``output_dir``; ``resume`` is what the stage is told."""
+    """A run that may begin: its recipe has an absolute ``output_dir`` or a URI, ``folder`` is where it works on this
+    machine; ``resume`` is what the stage is told."""
 
     stage: str
     recipe: Recipe
@@ -41,12 +46,32 @@ class Prepared:
     finding: Finding
     lock: int | None = None
     """File descriptor of the folder's lock, while this process holds it."""
+    mirror: Mirror | None = None
+    """What keeps ``folder`` and the folder in an object store alike, while the run is claimed."""
+
+    @property
+    def uri(self) -> str | None:
+        """The run's folder where it is in an object store."""
+        return self.recipe.output_dir if uris.is_uri(self.recipe.output_dir) else None
+
+    def push(self) -> None:
+        """Have the small files of the folder where another machine finds them; nothing to do for a local folder."""
+        if self.mirror is not None:
+            self.mirror.push()
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """Where a run of ``recipe`` works on this machine."""
+    return uris.workplace(recipe.output_dir, recipe.launch.scratch_dir)
 
 
 def look(recipe: Recipe, stage: str, resume: str = "auto", *, check_data: bool = False) -> Prepared:
-    """What ``prepare`` would find, touching nothing. ``UsageError`` where it would refuse."""
+    """What ``prepare`` would find, touching nothing and asking no store. ``UsageError`` where it would refuse."""
     resume = _checked_resume(resume)
-    folder = Path(recipe.output_dir).expanduser().absolute()
+    folder = folder_of(recipe)
+    if uris.is_uri(recipe.output_dir):
+        recipe = recipe.model_copy(update={"output_dir": recipe.output_dir.rstrip("/")})
+        return Prepared(stage, recipe, folder, resume, Finding("unseen"))
     data = _data_digests(recipe) if check_data else None
     finding = rundir.examine(folder, stage, recipe, resume, data)
     return Prepared(stage, recipe.model_copy(update={"output_dir": str(folder)}), folder, resume, finding)
@@ -59,21 +84,38 @@ def prepare(recipe: Recipe, stage: str, resume: str = "auto") -> Prepared:
 
 
 @contextmanager
-def claimed(recipe: Recipe, stage: str, resume: str) -> Iterator[Prepared]:
-    """Hold the folder's lock with the recipe frozen in it; a finished run's folder is left as it is."""
+def claimed(recipe: Recipe, stage: str, resume: str, stop: StopFlag | None = None) -> Iterator[Prepared]:
+    """Hold the folder's lock with the recipe frozen in it; a finished run's folder is left as it is.
+
+    A folder in an object store is claimed there too, and up to date there when this is left: StoreError where not.
+    """
     data = _data_digests(recipe)
     prepared = look(recipe, stage, resume)  # refuses a folder that is not ours before a lock file is put in it
     with ExitStack() as stack:
         lock = stack.enter_context(rundir.locked(prepared.folder))
+        remote = stack.enter_context(_held(prepared, stop or StopFlag())) if prepared.uri is not None else None
         finding = rundir.examine(prepared.folder, stage, recipe, prepared.resume, data)
         if finding.state == "set_aside":
-            old = rundir.set_aside(prepared.folder)
-            lock = stack.enter_context(rundir.locked(prepared.folder))
+            if remote is not None:
+                old = remote.set_aside()
+            else:
+                old = str(rundir.set_aside(prepared.folder))
+                lock = stack.enter_context(rundir.locked(prepared.folder))
             finding = replace(finding, why=f"the old folder is now {old}: {finding.why}")
         if finding.state != "done":
             now = datetime.now(UTC).isoformat(timespec="seconds")
             rundir.freeze(prepared.folder, stage, prepared.recipe, data, __version__, now)
-        yield replace(prepared, finding=finding, lock=lock)
+        if remote is not None:
+            remote.begin(done=finding.state == "done")
+        yield replace(prepared, finding=finding, lock=lock, mirror=remote)
+
+
+def _held(prepared: Prepared, stop: StopFlag) -> AbstractContextManager[Mirror]:
+    assert prepared.uri is not None
+    patience_s = prepared.recipe.launch.upload_minutes * 60
+    return mirror.held(
+        prepared.uri, prepared.folder, _log.warning, stop.request, Nodes.from_environment(), patience_s=patience_s
+    )
 
 
 @contextmanager
@@ -96,17 +138,17 @@ def run(recipe: Recipe, stage: str, resume: str = "auto") -> Result:
     """
     ranks = Ranks.from_environment()
     quiet_libraries()
-    folder = Path(recipe.output_dir).expanduser().absolute()
+    folder = folder_of(recipe)
     stop = StopFlag()
     with ExitStack() as stack:
         stack.enter_context(listening(stop))
         with understood(folder):
             meeting = Meeting(ranks, timedelta(minutes=recipe.launch.timeout_minutes)) if ranks.world_size > 1 else None
-            prepared = stack.enter_context(_agreed(recipe, stage, resume, meeting, is_main=ranks.is_main))
+            prepared = stack.enter_context(_agreed(recipe, stage, resume, meeting, stop, is_main=ranks.is_main))
         progress = stack.enter_context(open_progress(rank=ranks.rank))
         if prepared.finding.state == "done" and prepared.finding.result is not None:
-            progress.note(f"{prepared.folder}: {prepared.finding.why}")
-            return replace(prepared.finding.result, output_dir=prepared.folder)
+            progress.note(f"{prepared.uri or prepared.folder}: {prepared.finding.why}")
+            return replace(prepared.finding.result, output_dir=prepared.folder, uri=prepared.uri)
         _announce(prepared, progress)
         return _execute(prepared, ranks, progress, stop, meeting)
 
@@ -120,18 +162,23 @@ def quoted(value: str) -> str:
 
 
 @contextmanager
-def _agreed(recipe: Recipe, stage: str, resume: str, meeting: Meeting | None, *, is_main: bool) -> Iterator[Prepared]:
+def _agreed(
+    recipe: Recipe, stage: str, resume: str, meeting: Meeting | None, stop: StopFlag, *, is_main: bool
+) -> Iterator[Prepared]:
     """Rank 0 claims the folder, every other rank takes over what it found."""
     if meeting is None:
-        with claimed(recipe, stage, resume) as prepared:
+        with claimed(recipe, stage, resume, stop) as prepared:
             yield prepared
         return
     if not is_main:
-        yield _follow(meeting.hear(), recipe, stage)
+        message = meeting.hear()
+        prepared = _follow(message, recipe, stage)
+        with _followed(prepared, str(message["session"])) as remote:
+            yield replace(prepared, mirror=remote)
         return
     with ExitStack() as stack:
         try:
-            prepared = stack.enter_context(claimed(recipe, stage, resume))
+            prepared = stack.enter_context(claimed(recipe, stage, resume, stop))
         except BaseException as exc:
             known = translate(exc)
             meeting.tell({"error": type(known).__name__ if known else "LlmkitError", "message": str(known or exc)})
@@ -139,7 +186,8 @@ def _agreed(recipe: Recipe, stage: str, resume: str, meeting: Meeting | None, *,
         result = prepared.finding.result
         meeting.tell({
             "state": prepared.finding.state, "why": prepared.finding.why, "resume": prepared.resume,
-            "folder": str(prepared.folder), "result": result.to_json() if result else None,
+            "output_dir": prepared.recipe.output_dir, "result": result.to_json() if result else None,
+            "session": prepared.mirror.session if prepared.mirror is not None else "",
         })  # fmt: skip
         yield prepared
 
@@ -150,9 +198,18 @@ def _follow(message: Mapping[str, Any], recipe: Recipe, stage: str) -> Prepared:
         # RecipeError takes problems, and its text is already made.
         raise (kind if kind is not errors.RecipeError else UsageError)(message["message"])
     result = Result.from_json(message["result"]) if message["result"] else None
-    recipe = recipe.model_copy(update={"output_dir": message["folder"]})
+    recipe = recipe.model_copy(update={"output_dir": message["output_dir"]})
     finding = Finding(message["state"], message["why"], result)
-    return Prepared(stage, recipe, Path(message["folder"]), message["resume"], finding)
+    return Prepared(stage, recipe, folder_of(recipe), message["resume"], finding)
+
+
+def _followed(prepared: Prepared, session: str) -> AbstractContextManager[Mirror | None]:
+    """On another machine than rank 0's, a folder of its own is kept like the store's."""
+    nodes = Nodes.from_environment()
+    if prepared.uri is None or nodes.number == 0 or prepared.finding.state == "done":
+        return nullcontext()
+    patience_s = prepared.recipe.launch.upload_minutes * 60
+    return mirror.followed(prepared.uri, prepared.folder, session, _log.warning, nodes, patience_s=patience_s)
 
 
 def _checked_resume(resume: str) -> str:
@@ -193,7 +250,7 @@ def record(prepared: Prepared, error: BaseException) -> None:
         stage=prepared.stage, name=prepared.recipe.name, output_dir=prepared.folder,
         status="stopped" if isinstance(error, StoppedEarly) else "failed", error=mask(str(error)),
         exit_code=known.exit_code if known else EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_BUG,
-        run_id=run_id, finished_at=_now(),
+        run_id=run_id, finished_at=_now(), uri=prepared.uri,
     )  # fmt: skip
     rundir.write_atomic(prepared.folder / rundir.RESULT, result.to_json() + "\n")
 
@@ -208,7 +265,7 @@ def _execute(prepared: Prepared, ranks: Ranks, progress: Progress, stop: StopFla
         seed(prepared.recipe.seed)
         ctx = RunContext(
             output_dir=prepared.folder, tracker=tracker, progress=progress, stop=stop, resume=prepared.resume,
-            rank=ranks.rank, world_size=ranks.world_size,
+            rank=ranks.rank, world_size=ranks.world_size, outbox=prepared.mirror,
         )  # fmt: skip
         result: Result = stages.load(prepared.stage).run(prepared.recipe, ctx)
     except BaseException as exc:
@@ -219,7 +276,9 @@ def _execute(prepared: Prepared, ranks: Ranks, progress: Progress, stop: StopFla
         if known is None or known is exc:
             raise
         raise known from exc
-    result = replace(result, output_dir=prepared.folder, run_id=result.run_id or tracker.run_id, finished_at=_now())
+    result = replace(
+        result, output_dir=prepared.folder, run_id=result.run_id or tracker.run_id, finished_at=_now(), uri=prepared.uri
+    )
     _conclude(result, ranks, tracker)
     return result
 
@@ -237,7 +296,7 @@ def _record_failure(
         text, code = describe_bug(exc, prepared.folder), EXIT_BUG
     result = Result(
         stage=prepared.stage, name=prepared.recipe.name, output_dir=prepared.folder, status=status, error=mask(text),
-        exit_code=code, run_id=tracker.run_id if tracker else None, finished_at=_now(),
+        exit_code=code, run_id=tracker.run_id if tracker else None, finished_at=_now(), uri=prepared.uri,
     )  # fmt: skip
     if isinstance(known, GateError):
         result = replace(result, metrics=known.metrics, artifacts=known.artifacts)

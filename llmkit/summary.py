@@ -66,8 +66,10 @@ def shorten(text: str) -> str:
 
 
 def _next(result: Result) -> str:
-    folder = _short(result.output_dir)
+    folder = result.uri or _short(result.output_dir)
     lines = [f"  run folder:  {folder}"]
+    if result.uri is not None:
+        lines.append(f"  worked in:   {_short(result.output_dir)}")
     if {"model", "adapter"} & set(result.artifacts) or any(
         (result.output_dir / n).is_dir() for n in ("model", "adapter")
     ):

@@ -11,7 +11,6 @@ import os
 import shlex
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 from llmkit import launch, runner
 from llmkit.context import Result
@@ -68,15 +67,15 @@ def submit(job: Job, recipe: Recipe, stage: str, resume: str) -> Result:
     count = job.resources.processes_per_node
     if _is_a_rank() or (count == 1 and not (launch.PROGRAM and limits.memory_limit())):
         return runner.run(recipe, stage, resume)
-    folder = Path(recipe.output_dir).expanduser().absolute()
+    folder = runner.folder_of(recipe)
     with (
         local.Asked().listening() as asked,
         runner.understood(folder),
         runner.claimed(recipe, stage, resume) as prepared,
     ):
         if prepared.finding.result is not None and prepared.finding.state == "done":
-            _say(f"{folder}: {prepared.finding.why}")
-            return replace(prepared.finding.result, output_dir=folder)
+            _say(f"{prepared.uri or folder}: {prepared.finding.why}")
+            return replace(prepared.finding.result, output_dir=folder, uri=prepared.uri)
         if prepared.finding.state == "set_aside":
             _say(prepared.finding.why)
         if count > 1:

@@ -11,6 +11,7 @@ from llmkit.launch_settings.kubernetes import KubernetesSettings
 from llmkit.launch_settings.slurm import SlurmSettings
 from llmkit.recipe_errors import Conflict
 from llmkit.settings import Settings
+from llmkit.uris import is_uri
 
 LauncherName = Literal["local", "slurm"]
 
@@ -24,6 +25,10 @@ class LaunchSettings(Settings):
     """Processes on each machine; ``auto`` is one for each visible GPU (under a scheduler: for each GPU that is asked for), one on a CPU. Under another program's launcher (torchrun) it is that program's number."""
     timeout_minutes: Annotated[float, Field(gt=0, le=10_000)] = 30.0
     """Longest that a process waits for the others in one exchange (the process group's time-out in NCCL and gloo) before the run ends."""
+    scratch_dir: str | None = None
+    """With an ``output_dir`` in an object store: the folder on this machine below which runs work; None takes LLMKIT_SCRATCH, else llmkit's cache folder."""
+    upload_minutes: Annotated[float, Field(gt=0, le=10_000)] = 2.0
+    """With an ``output_dir`` in an object store: how long the end of a run waits while the store takes nothing."""
     slurm: SlurmSettings = SlurmSettings()
     """What ``--launcher slurm`` asks the cluster for."""
     kubernetes: KubernetesSettings = KubernetesSettings()
@@ -33,3 +38,5 @@ class LaunchSettings(Settings):
         if self.nodes > 1 and self.launcher == "local":
             hint = "choose a launcher that has several, e.g. `launcher: slurm`"
             yield Conflict("nodes", "the launcher of this machine has one machine", hint, ("launcher",))
+        if self.scratch_dir is not None and is_uri(self.scratch_dir):
+            yield Conflict("scratch_dir", "is a folder on this machine, not a URI", "put the URI into `output_dir`")

@@ -10,8 +10,9 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
+
+from llmkit.files import cache_folder
 
 FILE = "memory.jsonl"
 _NEWEST = 200
@@ -48,20 +49,11 @@ class Record:
         return self.predicted_host / self.measured_host - 1
 
 
-def folder() -> Path:
-    """Where the user's caches of llmkit are."""
-    named = os.environ.get("LLMKIT_CACHE")
-    if named:
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "llmkit"
-
-
 def append(record: Record) -> None:
     """Add a line; whatever goes wrong (no home, a full disk) is not the run's business."""
     line = json.dumps(asdict(record), ensure_ascii=False) + "\n"
     try:
-        where = folder()
+        where = cache_folder()
         where.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(where / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -75,7 +67,7 @@ def append(record: Record) -> None:
 def read() -> list[Record]:
     """The newest records, oldest first; lines that are not whole are passed over."""
     try:
-        lines = (folder() / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (cache_folder() / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     except (OSError, RuntimeError):
         return []
     names = {f.name for f in fields(Record)}

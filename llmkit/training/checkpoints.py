@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -126,12 +127,21 @@ def _by(engine: str) -> str:
 
 def rotate(folder: Path, keep: int | None, best: Path | None) -> None:
     """Remove the oldest complete checkpoints beyond ``keep``; never the newest or the best."""
+    for path in beyond([path for path in newest_first(folder) if problem(path) is None], keep, best):
+        _remove(path)
+
+
+def beyond(complete: Iterable[Path], keep: int | None, best: Path | None) -> list[Path]:
+    """Which of the checkpoints are more than ``keep`` and not the best."""
     if keep is None:
-        return
-    complete = [path for path in newest_first(folder) if problem(path) is None]
-    for path in complete[max(keep, 1) :]:
-        if best is None or path.resolve() != best.resolve():
-            _remove(path)
+        return []
+    newest = sorted(complete, key=lambda path: _number(path), reverse=True)
+    return [path for path in newest[max(keep, 1) :] if best is None or path.name != best.name]
+
+
+def _number(path: Path) -> int:
+    found = _NAME.search(path.name)
+    return int(found.group(1)) if found else -1
 
 
 def _remove(path: Path) -> None:

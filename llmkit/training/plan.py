@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from llmkit.modeling import history
@@ -39,6 +38,7 @@ from llmkit.training import zero_config
 from llmkit.training.settings import ROWS_OF_AUTO, TrainingRecipe
 from llmkit.training.shapes import CPU_PART_TOKENS
 from llmkit.training.workload import Passes, Workload, passes, sequences, workload
+from llmkit.uris import workplace
 
 PROCESS = 0.6e9
 """Bytes of a process on a CPU with everything that training imports, before it loads a model: measured, see
@@ -431,7 +431,7 @@ def _processes(recipe: TrainingRecipe, device: Device) -> int:
 
 def _free(recipe: TrainingRecipe) -> float:
     """Bytes free where the run's folder will be."""
-    path = Path(recipe.output_dir).expanduser().absolute()
+    path = workplace(recipe.output_dir, recipe.launch.scratch_dir)
     while not path.exists():
         path = path.parent
     return float(shutil.disk_usage(path).free)

@@ -290,7 +290,7 @@ def _go(ctx: RunContext, trainer: LlmkitTrainer) -> None:
     """Train from the start, or from the checkpoint that ``--resume`` names or finds."""
     folder = trainer.folder
     checkpoint = _resume_point(ctx, folder)
-    if ctx.is_main:
+    if ctx.is_main or ctx.outbox is not None:
         clear_leftovers(folder)
     if checkpoint is None:
         trainer.train()
@@ -343,6 +343,7 @@ def _take_best(recipe: TrainingRecipe, ctx: RunContext, trainer: LlmkitTrainer) 
     best = trainer.state.best_model_checkpoint
     if (recipe.train.load_best_model_at_end or recipe.train.early_stopping_patience) and best:
         ctx.progress.note(f"Taking the weights of {best} (held-out loss {trainer.state.best_metric:.4f})")
+        trainer.have(Path(best))
         trainer._load_from_checkpoint(best)
 
 

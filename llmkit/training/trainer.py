@@ -271,10 +271,21 @@ class LlmkitTrainer(Trainer):
                 self._describe(work)
             self._remember_callbacks()
             self.state.save_to_json(str(work / STATE_FILE))
-            checkpoints.publish(work, folder, replace(self._manifest, step=step))
-            best = self.state.best_model_checkpoint
-            checkpoints.rotate(folder, self._keep, Path(best) if best else None)
+            made = checkpoints.publish(work, folder, replace(self._manifest, step=step))
+            best = Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None
+            self._publish(made, best)
+            checkpoints.rotate(folder, self._keep, best)
+        elif self.ctx.outbox is not None:  # what this machine has of it; rank 0 is on another one
+            self.ctx.outbox.publish_part(work, folder / f"checkpoint-{step}")
+            shutil.rmtree(work)
         self._barrier()
+
+    def _publish(self, made: Path, best: Path | None) -> None:
+        """The same checkpoints in an object store as here, and those that only it has."""
+        self.ctx.publish(made, divided=True)
+        if self.ctx.outbox is not None:
+            for old in checkpoints.beyond(self.ctx.outbox.published(self.folder), self._keep, best):
+                self.ctx.outbox.retire(old)
 
     # Weights, gradients or optimizer states divided among processes
 
@@ -335,6 +346,12 @@ class LlmkitTrainer(Trainer):
         self.shards.close()
         return whole_model(self.model, found) if self.ctx.is_main else self.model
 
+    def have(self, checkpoint: Path) -> None:
+        """Have a checkpoint on this machine that may be in an object store only."""
+        if self.ctx.outbox is not None and checkpoints.problem(checkpoint) is not None:
+            self.ctx.outbox.fetch(checkpoint)
+        self._barrier()
+
     def check_fits(self, checkpoint: Path) -> None:
         """Raises UsageError for a checkpoint that this run cannot go on from."""
         checkpoints.check_fits(checkpoint, self._manifest)
@@ -342,6 +359,8 @@ class LlmkitTrainer(Trainer):
     def load_state(self, checkpoint: Path) -> TrainerState:
         """The history and the best evaluation of the interrupted run."""
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        if self.state.best_model_checkpoint:  # the folder may have been moved since
+            self.state.best_model_checkpoint = str(self.folder / Path(self.state.best_model_checkpoint).name)
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         self.last_loss = losses[-1] if losses else None
         return self.state

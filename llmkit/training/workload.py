@@ -26,6 +26,7 @@ from llmkit.modeling.memory import QUERY_BLOCK
 from llmkit.modeling.settings import ModelSettings
 from llmkit.training.settings import TrainingRecipe
 from llmkit.training.shapes import rounded_up
+from llmkit.uris import workplace
 
 ROWS = 400
 """Rows of each source that are looked at."""
@@ -150,7 +151,7 @@ def _blocks(row: int) -> Iterator[tuple[int, int]]:
 
 def _prepared(recipe: TrainingRecipe) -> Workload | None:
     """The figures of ``data_report.json`` in the output folder, where it was made of the same sources."""
-    path = Path(recipe.output_dir).expanduser() / _REPORT
+    path = workplace(recipe.output_dir, recipe.launch.scratch_dir) / _REPORT
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         train = report["train"]

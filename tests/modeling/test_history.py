@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llmkit.files import cache_folder
 from llmkit.modeling import history
 from llmkit.modeling.history import Record
 
@@ -26,12 +27,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert history.folder() == tmp_path / "cache"
+    assert cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("LLMKIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert history.folder() == tmp_path / "xdg" / "llmkit"
+    assert cache_folder() == tmp_path / "xdg" / "llmkit"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert history.folder() == Path.home() / ".cache" / "llmkit"
+    assert cache_folder() == Path.home() / ".cache" / "llmkit"
 
 
 def test_records_come_back_in_order() -> None:
