@@ -51,7 +51,7 @@ def _rendered(recipes: Sequence[Recipe], stage: str, how: How) -> Reply:
     where = launch.load(how.launcher)
     job = remote.job_of(recipes, stage, how.launcher, token="dry-run", debug=how.debug)
     text = where.render(job, where.waiting_for(recipes[0].launch, how.after))
-    folders = ", ".join(str(recipe.output_dir) for recipe in recipes)
+    folders = ", ".join(recipe.output_dir for recipe in recipes)
     print(f"processes:      {where.describe(job)}\noutput folder:  {folders}", file=sys.stderr, flush=True)
     data = {"dry_run": True, "stage": stage, "launcher": how.launcher, "output_dirs": folders, "text": text}
     return Reply(text, data)
@@ -59,13 +59,13 @@ def _rendered(recipes: Sequence[Recipe], stage: str, how: How) -> Reply:
 
 def _started(outcome: remote.Submitted | Result, how: How) -> Reply:
     if isinstance(outcome, Result):
-        print(f"{outcome.output_dir}: finished on {outcome.finished_at}, nothing to do", file=sys.stderr)
+        print(f"{outcome.uri or outcome.output_dir}: finished on {outcome.finished_at}, nothing to do", file=sys.stderr)
         return Reply(data=json.loads(outcome.to_json()))
     record = outcome.record
     said = "submitted" if outcome.new else "is there already, nothing was submitted"
     print(f"Job {record.id} ({record.launcher}) {said}: {_words(outcome.status)}", file=sys.stderr, flush=True)
     if not how.wait:
-        print(f"Follow it: llmkit jobs logs {record.output_dir} -f", file=sys.stderr, flush=True)
+        print(f"Follow it: llmkit jobs logs {record.uri or record.output_dir} -f", file=sys.stderr, flush=True)
         return Reply(data=_data(record, outcome.status) | {"new": outcome.new})
     return _waited(remote.wait(record, follow=remote.to_stderr))
 

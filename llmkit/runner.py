@@ -54,10 +54,11 @@ class Prepared:
         """The run's folder where it is in an object store."""
         return self.recipe.output_dir if uris.is_uri(self.recipe.output_dir) else None
 
-    def push(self) -> None:
-        """Have the small files of the folder where another machine finds them; nothing to do for a local folder."""
+    def push(self, *names: str) -> None:
+        """Have the small files of the folder, or those, where another machine finds them; nothing to do for a local
+        folder."""
         if self.mirror is not None:
-            self.mirror.push()
+            self.mirror.push(*names)
 
 
 def folder_of(recipe: Recipe) -> Path:

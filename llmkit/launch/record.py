@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from llmkit import rundir
+from llmkit import rundir, uris
 from llmkit.errors import UsageError
 
 RECORD = "job.json"
@@ -54,6 +54,8 @@ class Record:
     where: Mapping[str, str] = field(default_factory=dict)
     earlier: tuple[str, ...] = ()
     """Ids of the jobs that this run was before."""
+    uri: str = ""
+    """The run's folder where it is in an object store; ``output_dir`` is then this machine's scratch folder."""
 
     def placed(self, place: Place) -> Record:
         return replace(self, id=place.id, where=dict(place.where))
@@ -92,7 +94,7 @@ def find_all(folder: Path, depth: int = 3) -> Iterator[Record]:
 
 def resolve(job: str, under: Path) -> Record:
     """The record that a user means: a run's folder, or a scheduler's id of a run under ``under``."""
-    folder = Path(job).expanduser()
+    folder = uris.workplace(job) if uris.is_uri(job) else Path(job).expanduser()
     if folder.name == RECORD:
         folder = folder.parent
     if folder.is_dir():

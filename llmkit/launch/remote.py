@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from llmkit import launch, rundir, runner
+from llmkit import launch, mirror, rundir, runner, uris
 from llmkit.context import Result
 from llmkit.errors import LlmkitError, MissingError, ProcessLostError, StoppedEarly, UsageError
 from llmkit.launch import record as records
@@ -44,11 +44,12 @@ class Submitted:
 def job_of(recipes: Sequence[Recipe], stage: str, launcher: str, *, token: str = "", debug: bool = False) -> Job:
     """The job that starts a recipe whose ``output_dir`` is absolute, or those of a sweep."""
     first = recipes[0]
-    folder = Path(first.output_dir)
-    argv = ("llmkit", "run", str(folder / rundir.RECIPE), *(["--debug"] if debug else []))
+    folder = runner.folder_of(first)
+    files = [uris.recipe_of(recipe.output_dir, runner.folder_of(recipe)) for recipe in recipes]
+    argv = ("llmkit", "run", files[0], *(["--debug"] if debug else []))
     return Job(
         argv, folder, Path.cwd(), resources=launch.load(launcher).resources(first), name=first.name, stage=stage, token=token,
-        recipe=dump(first), sweep=tuple(Path(r.output_dir) / rundir.RECIPE for r in recipes) if len(recipes) > 1 else (),
+        recipe=dump(first), sweep=tuple(files) if len(files) > 1 else (), remote=uris.is_uri(first.output_dir),
     )  # fmt: skip
 
 
@@ -74,17 +75,24 @@ def submit_sweep(
     with ExitStack() as stack:
         left: list[Recipe] = []
         for recipe in recipes:
-            folder = Path(recipe.output_dir)
+            folder = runner.folder_of(recipe)
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_submitting(folder))
-            known = _known_already(runner.look(recipe, stage, resume))
+            known = _known_already(_seen(recipe, stage, resume))
             if known is None:
                 left.append(recipe)
             else:
                 outcomes[recipe.output_dir] = known
-        if left:
-            new = _submit_anew([_frozen(recipe, stage, resume) for recipe in left], launcher, after, debug)
-            outcomes |= {str(one.record.output_dir): one for one in new}
+        ready: list[Prepared] = []
+        for recipe in left:
+            prepared = _frozen(recipe, stage, resume)
+            if (result := _finished(prepared)) is not None:  # in an object store, which is asked only now
+                outcomes[recipe.output_dir] = result
+            else:
+                ready.append(prepared)
+        if ready:
+            new = _submit_anew(ready, launcher, after, debug)
+            outcomes |= {one.recipe.output_dir: submitted for one, submitted in zip(ready, new, strict=True)}
     return [outcomes[recipe.output_dir] for recipe in recipes]
 
 
@@ -102,15 +110,32 @@ def _submitting(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def _seen(recipe: Recipe, stage: str, resume: str) -> Prepared:
+    """What is known of the run before it is claimed: of one in an object store only its job and its result."""
+    found = runner.look(recipe, stage, resume)
+    if found.uri is not None:
+        with mirror.peek(found.uri, [records.RECORD]) as copy:
+            record = records.read(copy)
+        if record is not None:
+            replace(record, output_dir=found.folder).write()
+    return found
+
+
 def _frozen(recipe: Recipe, stage: str, resume: str) -> Prepared:
-    with runner.understood(Path(recipe.output_dir)):
+    with runner.understood(runner.folder_of(recipe)):
         return runner.prepare(recipe, stage, resume)
+
+
+def _finished(prepared: Prepared) -> Result | None:
+    if prepared.finding.state != "done" or prepared.finding.result is None:
+        return None
+    return replace(prepared.finding.result, output_dir=prepared.folder, uri=prepared.uri)
 
 
 def _known_already(prepared: Prepared) -> Submitted | Result | None:
     """The result of a finished run, or the job that a run is already; None where one has to be submitted."""
-    if prepared.finding.state == "done" and prepared.finding.result is not None:
-        return replace(prepared.finding.result, output_dir=prepared.folder)
+    if (result := _finished(prepared)) is not None:
+        return result
     before = records.read(prepared.folder)
     if before is None:
         return None
@@ -142,11 +167,13 @@ def _submit_anew(runs: Sequence[Prepared], launcher: str, after: Sequence[str], 
     for one, record in zip(runs, new, strict=True):
         record.write()
         announce(one, record)
+        one.push()  # the job may begin at once, on another machine
     try:
         place: Place = where.submit(job, settings)
         placed = [record.placed(where.part(place, i) if job.sweep else place) for i, record in enumerate(new)]
-        for record in placed:
+        for one, record in zip(runs, placed, strict=True):
             record.write()
+            one.push(records.RECORD)  # the rest is the job's by now
         states = [where.look_after(record) for record in placed]
     except LlmkitError:
         for record in new:
@@ -161,7 +188,16 @@ def _record(prepared: Prepared, launcher: str, token: str) -> Record:
     before = records.read(prepared.folder)
     earlier = (*before.earlier, before.id) if before is not None and before.id else ()
     recipe = prepared.recipe
-    return Record(launcher, token, recipe.name, prepared.stage, prepared.folder, records.now(), earlier=earlier)
+    return Record(
+        launcher,
+        token,
+        recipe.name,
+        prepared.stage,
+        prepared.folder,
+        records.now(),
+        earlier=earlier,
+        uri=prepared.uri or "",
+    )
 
 
 def announce(prepared: Prepared, record: Record) -> None:
@@ -190,11 +226,19 @@ def name_job(prepared: Prepared, record: Record) -> None:
 
 def status(record: Record) -> JobStatus:
     """How a job stands. A scheduler forgets, a result does not: a finished run is ``done`` whatever is left of its job."""
-    result = rundir.read_result(record.output_dir)
+    result = result_of(record)
     if result is not None and result.status == "done":
         return JobStatus("done", exit_code=0)
     found: JobStatus = launch.load(record.launcher).status(record)
     return found
+
+
+def result_of(record: Record) -> Result | None:
+    """What the run has written of its end, here or in the object store that its folder is in."""
+    if not record.uri:
+        return rundir.read_result(record.output_dir)
+    with mirror.peek(record.uri, [rundir.RESULT]) as copy:
+        return rundir.read_result(copy)
 
 
 def wait(record: Record, *, follow: Callable[[str], None] | None = None) -> Result:
@@ -227,7 +271,7 @@ def retried(call: Callable[[], T], attempts: int = 8) -> T:
 
 def conclude(record: Record, known: JobStatus) -> Result:
     """The result of a job that has ended. Raises what the run ended with."""
-    result = rundir.read_result(record.output_dir)
+    result = result_of(record)
     if result is not None and result.status == "done":
         return replace(result, output_dir=record.output_dir)
     said = f": {known.reason}" if known.reason else ""

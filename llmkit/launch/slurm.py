@@ -142,7 +142,7 @@ def _values(job: Job, settings: LaunchSettings) -> dict[str, Any]:
 
 def _options(job: Job, settings: LaunchSettings) -> list[str]:
     slurm, found = settings.slurm, job.resources
-    log = str(job.output_dir if not job.sweep else job.output_dir.parent).replace("%", "%%")
+    log = str(job.logs).replace("%", "%%")
     number = "%A_%a" if job.sweep else "%j"
     given: list[tuple[str, Any]] = [
         ("job-name", slug(f"{job.stage}-{job.name}")),
@@ -154,7 +154,7 @@ def _options(job: Job, settings: LaunchSettings) -> list[str]:
         ("exclude", slurm.exclude), ("dependency", slurm.dependency),
         ("array", _array(job, slurm)),
         ("signal", f"USR1@{slurm.signal_seconds}" if slurm.time else None),
-        ("output", f"{log}/logs/slurm-{number}.log"), ("open-mode", "append"),
+        ("output", f"{log}/slurm-{number}.log"), ("open-mode", "append"),
     ]  # fmt: skip
     flags = ["--requeue", *(["--exclusive"] if slurm.exclusive else []), *slurm.sbatch_options]
     return [f"--{name}={sbatch_quote(str(value))}" for name, value in given if value is not None] + flags
@@ -187,7 +187,8 @@ def _inside(job: Job, container: ContainerSettings | None) -> list[str]:
 
 
 def _own_mounts(job: Job) -> list[str]:
-    return [f"{folder}:{folder}" for folder in dict.fromkeys((job.output_dir, job.cwd))]
+    folders = (job.cwd,) if job.remote else (job.output_dir, job.cwd)
+    return [f"{folder}:{folder}" for folder in dict.fromkeys(folders)]
 
 
 def sbatch_quote(value: str) -> str:
@@ -211,8 +212,8 @@ def one_line(text: str) -> str:
 
 def submit(job: Job, settings: LaunchSettings) -> Place:
     """Hand the script to sbatch. UsageError with Slurm's own words where it refuses."""
-    logs = (job.output_dir if not job.sweep else job.output_dir.parent) / "logs"
-    logs.mkdir(exist_ok=True)
+    logs = job.logs
+    logs.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         ["sbatch", "--parsable"], input=render(job, settings), capture_output=True, text=True, check=False, cwd=job.cwd
     )
@@ -236,7 +237,8 @@ def find(record: Record) -> Place | None:
     for line in _ask("squeue", "--me", "--noheader", "--states=all", "--format=%i|%k").splitlines():
         number, _, comment = line.strip().partition("|")
         if comment == COMMENT + record.token:
-            return Place(number, {"log": str(record.output_dir / "logs" / f"slurm-{number}.log")})
+            logs = Path.cwd() / "logs" / record.output_dir.name if record.uri else record.output_dir / "logs"
+            return Place(number, {"log": str(logs / f"slurm-{number}.log")})
     return None
 
 

@@ -120,6 +120,7 @@ def taken_over(uri: str, other: Claim) -> str:
 
 def acquire(store: Store, owner: str) -> Claim | None:
     """Make the folder ``owner``'s, and give back the claim that was there before. ``UsageError`` where somebody works in it."""
+    store.check()
     while True:
         version = store.version(LEASE)
         before = Claim.read(store)

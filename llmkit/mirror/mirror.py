@@ -101,9 +101,14 @@ class Mirror:
             if self._name(path) not in self._units and checkpoints.problem(path) is None:
                 self.publish(path)
 
-    def push(self) -> None:
-        """Upload the small files right below the folder that changed, all but the result."""
+    def push(self, *names: str) -> None:
+        """Upload the small files right below the folder that changed, or those of them; all but the result."""
         with self._busy:
+            if names:
+                for name in names:
+                    self._push_one(self.folder / name)
+                self._journal.save()
+                return
             tracking = self.folder / TRACKING
             # Read before the log that it counts in, and written after it: it never counts more than is there.
             counted = tracking.read_bytes() if tracking.is_file() else None

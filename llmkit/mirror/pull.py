@@ -15,6 +15,7 @@ from llmkit.mirror.store import Store
 from llmkit.mirror.units import Contents, File, Marker
 
 LOCK, RESULT = ".lock", "result.json"
+_LOCKS = (LOCK, ".job.lock")
 REMADE = ("model", "adapter")
 """What a run that is not finished makes anew at its end."""
 
@@ -82,7 +83,7 @@ def _done(folder: Path) -> bool:
 
 def clear(folder: Path, journal: Journal, note: Callable[[str], None]) -> None:
     """Empty the folder of an older session; the lock stays where it is."""
-    old = [entry for entry in folder.iterdir() if entry.name != LOCK]
+    old = [entry for entry in folder.iterdir() if entry.name not in _LOCKS]
     if _unsent(folder, journal):
         aside = _free(folder)
         aside.mkdir()
@@ -90,7 +91,7 @@ def clear(folder: Path, journal: Journal, note: Callable[[str], None]) -> None:
         for entry in old:
             entry.rename(aside / entry.name)
     for entry in folder.iterdir():
-        if entry.name != LOCK:
+        if entry.name not in _LOCKS:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     journal.sent.clear()
 

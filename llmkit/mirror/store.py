@@ -38,6 +38,12 @@ class Store:
         self._fs, root = _open(self.uri, self._protocol)
         self._root = root.rstrip("/")
 
+    def check(self) -> None:
+        """StoreError where the bucket does not exist: some servers would make it with the first write."""
+        if self._protocol in S3:
+            bucket, _, prefix = self._root.partition("/")
+            self._ask(lambda: self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1))
+
     def sizes(self, under: str = "") -> dict[str, int]:
         """All objects below the folder, or below ``under`` in it, and their sizes in bytes."""
         top = self._path(under) if under else self._root

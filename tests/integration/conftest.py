@@ -156,7 +156,7 @@ class S3Server:
         return [
             "-logtostderr=true", "server", f"-dir={self.folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer",
             "-s3", f"-s3.port={self.port}", f"-s3.port.grpc={self._others[6]}", f"-s3.config={self.folder / 's3.json'}",
-            "-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=4", "-master.volumeSizeLimitMB=128",
+            "-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=100", "-master.volumeSizeLimitMB=128",
             *(f"-{name}={port}" for name, port in zip(names, self._others[:6], strict=True)),
         ]  # fmt: skip
 
