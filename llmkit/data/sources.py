@@ -11,7 +11,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,9 +201,14 @@ def digest(settings: DataSettings, key: str = "data.train") -> dict[str, str]:
     Local files: ``sha256:…`` of the bytes. URIs: etag, else size and time. Hub data sets: the commit.
     ``key`` is what ``settings.train`` is called in the recipe. Raises DataError naming the key when a file is missing, MissingError when a store or the hub is away.
     """
+    return digests_of([*train_sources(settings, key), *eval_sources(settings), *test_sources(settings)])
+
+
+def digests_of(sources: Iterable[Source]) -> dict[str, str]:
+    """The same for any sources."""
     digests: dict[str, str] = {}
     problems: list[str] = []
-    for source in [*train_sources(settings, key), *eval_sources(settings), *test_sources(settings)]:
+    for source in sources:
         try:
             if source.is_hub:
                 digests[f"{source.path}@{source.split}"] = _hub_digest(source)
