@@ -291,7 +291,7 @@ def _fields(record: Record) -> dict[str, str]:
             raise _Forgotten from None
         raise
     line = text.strip().splitlines()[0] if text.strip() else ""
-    return dict(re.findall(r"(?:^| )(\w+(?:/\w+)?)=(.*?)(?= \w+(?:/\w+)?=|$)", line))
+    return dict(re.findall(r"(?:^| )([\w/:]+)=(.*?)(?= [\w/:]+=|$)", line))
 
 
 def _status(fields: Mapping[str, str]) -> JobStatus:

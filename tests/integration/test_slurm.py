@@ -119,8 +119,7 @@ def test_training_on_two_nodes_with_zero2_ends_like_one_process(
     seen = MlflowClient(divided["tracking"]["uri"]).get_run(made["run_id"])
     assert seen.data.tags["llmkit.job_id"] == record.id
     assert seen.info.status == "FINISHED"
-    accounted = cluster.ask("sacct", "-j", record.id, "-X", "-n", "-P", "-o", "State,NNodes")
-    assert accounted.strip() == "COMPLETED|2"
+    until(lambda: accounted(cluster, record.id, "State,NNodes") == "COMPLETED|2", 60)
 
 
 def test_a_queued_job_is_seen_followed_and_cancelled(cluster: Cluster) -> None:
@@ -155,13 +154,13 @@ def test_a_job_waits_for_another_and_a_failure_is_the_runs_own(cluster: Cluster)
     assert second.returncode == 3, second.stderr
     assert "rows 1, 2 and 3 are empty" in second.stderr
     assert json.loads((cluster.folder / "runs/first/result.json").read_text())["status"] == "done"
-    ended = cluster.ask("sacct", "-j", first["id"], "-X", "-n", "-P", "-o", "End").strip()
     record = records.read(cluster.folder / "runs/second")
     assert record is not None
-    assert cluster.ask("sacct", "-j", record.id, "-X", "-n", "-P", "-o", "Start").strip() >= ended
-    third = cluster.json("toy", cluster.toy("third"), "--launcher", "slurm", "--after", "runs/second")
-    until(lambda: cluster.json("jobs", "status", "runs/third")["reason"] == "DependencyNeverSatisfied")
-    assert third["new"]
+    until(lambda: accounted(cluster, first["id"], "State") == "COMPLETED", 60)
+    assert accounted(cluster, record.id, "Start") >= accounted(cluster, first["id"], "End")
+    third = cluster.llmkit("toy", cluster.toy("third"), "--launcher", "slurm", "--after", "runs/second")
+    assert third.returncode == 2
+    assert "a job that it waits for did not end well" in third.stderr
 
 
 def test_a_sweep_is_an_array(cluster: Cluster) -> None:
@@ -223,12 +222,10 @@ def test_stopped_by_a_signal_and_by_a_dead_node_it_goes_on_by_itself_to_the_same
 
 
 def test_the_time_limit_stops_requeues_and_ends(cluster: Cluster) -> None:
-    """Slurm's shortest limit is a minute; the signal comes 40 seconds before it."""
-    path = cluster.toy("long", steps=60, pause=0.8, launch={"slurm": {"time": "1", "signal_seconds": 40}})
-    began = time.monotonic()
+    """Slurm's shortest limit is a minute; the signal comes half of it before."""
+    path = cluster.toy("long", steps=45, pause=0.8, launch={"slurm": {"time": "1", "signal_seconds": 30}})
     done = cluster.llmkit("toy", path, "--launcher", "slurm", "--wait", timeout=300)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began > 45
     record = records.read(cluster.folder / "runs" / "long")
     assert record is not None
     log = Path(record.where["log"]).read_text()
@@ -261,8 +258,8 @@ def test_what_slurm_refuses_and_what_will_never_start_is_an_error_at_once(cluste
     assert not (cluster.folder / "runs/refused/job.json").exists()
     done = cluster.llmkit("toy", path, "--launcher", "slurm", "launch.nodes=9")
     assert done.returncode == 2
-    assert "will never start" in done.stderr or "refused" in done.stderr
-    assert "9 nodes of 2" in done.stderr or "more" in done.stderr.lower()
+    assert "will never start" in done.stderr
+    assert "asks for 9 nodes of 2 in partition main" in done.stderr
     done = cluster.llmkit("toy", path, "--launcher", "slurm", "launch.slurm.partition=short", "launch.slurm.time='60'")
     assert done.returncode == 2
     assert "time limit" in done.stderr.lower()
@@ -286,6 +283,10 @@ def steps(folder: Path) -> int:
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         return max((line["step"] for line in lines if "loss" in (line.get("metrics") or {})), default=0)
     return 0
+
+
+def accounted(cluster: Cluster, job: str, what: str) -> str:
+    return cluster.ask("sacct", "-j", job, "-X", "-n", "-P", "-o", what).strip()
 
 
 def fields(cluster: Cluster, job: str) -> dict[str, str]:
