@@ -20,6 +20,26 @@ _PADDING = "llmkit does not pad; `data.packing: true` fills sequences"
 _WEIGHTS = "give each source in `data.train` a `weight`"
 
 FOREIGN_KEYS: dict[str, str] = {
+    # where it runs
+    "account_name": "launch.slurm.account",
+    "time_limit": "launch.slurm.time",
+    "timeout_min": "launch.slurm.time",
+    "walltime": "launch.slurm.time",
+    "slurm_partition": "launch.slurm.partition",
+    "slurm_account": "launch.slurm.account",
+    "slurm_qos": "launch.slurm.qos",
+    "slurm_time": "launch.slurm.time",
+    "slurm_array_parallelism": "launch.slurm.array_parallel",
+    "cpus_per_task": "launch.slurm.cpus_per_process",
+    "mem_gb": "launch.slurm.mem",
+    "num_nodes": "launch.nodes",
+    "nnodes": "launch.nodes",
+    "num_machines": "launch.nodes",
+    "gpus": "launch.slurm.gpus_per_node",
+    "num_gpus": "launch.slurm.gpus_per_node",
+    "slurm_gres": "launch.slurm.gres",
+    "slurm_setup": "launch.slurm.setup",
+    "container_image": "launch.slurm.container",
     # the model
     "base_model": "model.name_or_path",
     "base_model_name_or_path": "model.name_or_path",

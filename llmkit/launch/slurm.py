@@ -187,7 +187,8 @@ def _inside(job: Job, container: ContainerSettings | None) -> list[str]:
 
 
 def _own_mounts(job: Job) -> list[str]:
-    folders = (job.cwd,) if job.remote else (job.output_dir, job.cwd)
+    runs = job.output_dir.parent if job.sweep else job.output_dir
+    folders = (job.cwd,) if job.remote else (runs, job.cwd)
     return [f"{folder}:{folder}" for folder in dict.fromkeys(folders)]
 
 
