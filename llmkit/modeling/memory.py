@@ -96,6 +96,7 @@ class Setup:
     checkpointing: bool = False
     adapter: AdapterSettings | None = None
     quantization: str | None = None
+    double_quant: bool = True
     lean: bool = True
     flash: bool = True
     fused_loss: bool = True
@@ -200,8 +201,8 @@ def trainable_parameters(architecture: Architecture, settings: AdapterSettings |
 def base_weights(setup: Setup) -> float:
     """Bytes of the model's weights, quantized or not.
 
-    nf4 with double quantization: 4 bits a weight and 0.127 bits of constants (arXiv 2305.14314, section 3); int8: a
-    byte, and a float32 for each row. Embeddings, norms and the output layer stay as they are.
+    nf4: 4 bits a weight, and constants of 0.127 bits with double quantization, of 0.5 bits (a float32 for 64 weights)
+    without (arXiv 2305.14314, section 3); int8: a byte, and a float32 for each row. Embeddings, norms and the output layer stay as they are.
     """
     a, wide = setup.architecture, BYTES[setup.dtype]
     if setup.quantization is None:
@@ -211,7 +212,7 @@ def base_weights(setup: Setup) -> float:
         if not (tensor.is_linear and tensor.in_layer):
             total += tensor.count * wide
         elif setup.quantization == "nf4":
-            total += tensor.count * (4 + 0.127) / 8
+            total += tensor.count * (4 + (0.127 if setup.double_quant else 0.5)) / 8
         else:
             total += tensor.count + 4 * tensor.shape[0]
     return total

@@ -235,6 +235,7 @@ class Planner:
             checkpointing=checkpointing,
             adapter=self.adapter,
             quantization=quantization_of(recipe),
+            double_quant=recipe.model.quantized is None or recipe.model.quantized.double_quant,
             lean=not train.torch_compile if self.device.cpu else train.use_liger_kernel,
             flash=plain != "eager" and not a.seq2seq,
             fused_loss=not a.changes_logits,

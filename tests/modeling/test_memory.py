@@ -99,6 +99,8 @@ def test_quantized_weights() -> None:
     adapter = AdapterSettings(r=1)
     assert base_weights(setup(adapter=adapter)) == ALL * 2
     assert base_weights(setup(adapter=adapter, quantization="nf4")) == pytest.approx(rest * 2 + linear * 4.127 / 8)
+    once = setup(adapter=adapter, quantization="nf4", double_quant=False)
+    assert base_weights(once) == pytest.approx(rest * 2 + linear * 4.5 / 8)
     rows = 2 * (8 + 4 + 4 + 8 + 16 + 16 + 8)
     assert base_weights(setup(adapter=adapter, quantization="int8")) == rest * 2 + linear + 4 * rows
 
