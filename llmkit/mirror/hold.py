@@ -82,7 +82,7 @@ class Hold:
     """A claim that this process holds, and a thread that renews it. ``on_lost`` is called, once, with the reason."""
 
     def __init__(self, store: Store, owner: str, on_lost: Callable[[str], None]) -> None:
-        self._store, self._owner, self._on_lost = Store(store.uri, patience_s=BEAT_S), owner, on_lost
+        self._store, self._owner, self._on_lost = Store(store.uri, patience_s=0), owner, on_lost
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="llmkit-lease", daemon=True)
         _ours.add(owner)
@@ -91,7 +91,7 @@ class Hold:
     def release(self) -> None:
         """Give the folder free; a store that is away finds the claim lapsed later."""
         self._ended.set()
-        self._thread.join(2 * BEAT_S)
+        self._thread.join(BEAT_S)
         _ours.discard(self._owner)
         try:
             found = Claim.read(self._store)

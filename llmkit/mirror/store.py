@@ -31,9 +31,9 @@ class Store:
     """The folder ``uri``. Names are relative to it, with ``/``. Every method raises ``StoreError`` where the store is
     away or refuses; what may pass is tried again for ``patience_s`` seconds."""
 
-    def __init__(self, uri: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, uri: str, patience_s: float | None = None) -> None:
         self.uri = uri.rstrip("/")
-        self.patience_s = patience_s
+        self.patience_s = PATIENCE_S if patience_s is None else patience_s
         self._protocol = uri.split("://")[0]
         self._fs, root = _open(self.uri, self._protocol)
         self._root = root.rstrip("/")
@@ -155,8 +155,12 @@ def _open(uri: str, protocol: str) -> tuple[Any, str]:
     except ImportError:
         raise MissingError.extra("fsspec", "s3") from None
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if protocol in S3:  # a second try at once; all further ones are ours
+        options["config_kwargs"] = {"retries": {"mode": "standard", "max_attempts": 2}, "connect_timeout": 10}
     try:
         fs, path = fsspec.core.url_to_fs(uri, **options)
+        if protocol in S3:
+            fs.retries = 2
     except ImportError as exc:
         if protocol in S3:
             raise MissingError.extra("s3fs", "s3") from None

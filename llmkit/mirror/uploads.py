@@ -139,6 +139,8 @@ def error_of(trouble: BaseException | None) -> LlmkitError | None:
 
 
 def _link(path: Path, target: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} was published and does not exist")
     for source in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if source.is_file():
             beside = target / source.relative_to(path) if path.is_dir() else target

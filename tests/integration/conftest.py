@@ -178,6 +178,10 @@ class S3Server:
             store.mkdir(name)
         return store
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None
+
     def kill(self) -> None:
         """``kill -9``, no goodbye."""
         if self._process is not None:
@@ -196,12 +200,11 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def own_s3_server(tmp_path: Path) -> Iterator[S3Server]:
-    """A running store for a test that kills it and starts it again."""
-    server = S3Server(tmp_path / "weed", free_port())
-    server.start()
-    yield server
-    server.kill()
+def mortal_s3_server(s3_server: S3Server) -> Iterator[S3Server]:
+    """The same store for a test that kills it and starts it again; it runs afterwards, whatever became of the test."""
+    yield s3_server
+    if not s3_server.running:
+        s3_server.start()
 
 
 @pytest.fixture

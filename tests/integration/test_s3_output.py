@@ -134,18 +134,18 @@ def test_a_bucket_that_does_not_exist_is_named_and_not_made(
 
 
 def test_a_server_killed_within_a_checkpoint_costs_an_exit_code_and_the_same_command_uploads_the_rest(
-    own_s3_server: Any, machine: Callable[[str], Path], recipe: Path, fast: None, monkeypatch: pytest.MonkeyPatch,
+    mortal_s3_server: Any, machine: Callable[[str], Path], recipe: Path, fast: None, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    own_s3_server.bucket("runs")
-    for name, value in own_s3_server.environment.items():
+    mortal_s3_server.bucket("runs")
+    for name, value in mortal_s3_server.environment.items():
         monkeypatch.setenv(name, value)
-    uri = "s3://runs/mine"
+    uri = "s3://runs/cut-off"
     real = Store.upload
 
     def upload(store: Store, local: Path, name: str) -> None:
         if name == "checkpoints/checkpoint-4/optimizer.pt":
-            own_s3_server.kill()
+            mortal_s3_server.kill()
         real(store, local, name)
 
     monkeypatch.setattr(Store, "upload", upload)
@@ -160,7 +160,7 @@ def test_a_server_killed_within_a_checkpoint_costs_an_exit_code_and_the_same_com
     assert json.loads((scratch / "result.json").read_text(encoding="utf-8"))["status"] == "done"
 
     monkeypatch.setattr(Store, "upload", real)
-    own_s3_server.start()
+    mortal_s3_server.start()
     assert units(uri) == {"checkpoints/checkpoint-2"}
     assert "checkpoints/checkpoint-4/model.safetensors" in Store(uri).sizes()  # there, and not complete
     assert Store(uri).read("result.json") is None
@@ -173,25 +173,24 @@ def test_a_server_killed_within_a_checkpoint_costs_an_exit_code_and_the_same_com
 
 
 def test_an_object_of_many_parts_whose_server_dies_never_appears(
-    own_s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mortal_s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """120 MB go up in parts of 50; the server is killed while they do."""
     import s3fs
 
-    own_s3_server.bucket("runs")
-    for name, value in own_s3_server.environment.items():
+    mortal_s3_server.bucket("runs")
+    for name, value in mortal_s3_server.environment.items():
         monkeypatch.setenv(name, value)
     scratch, uri = tmp_path / "scratch", "s3://runs/large"
     shard = scratch / "shards" / "part-0.parquet"
-    shard.parent.mkdir(parents=True)
-    shard.write_bytes(os.urandom(120 * 2**20))
+    scratch.mkdir()
     real, parts = s3fs.S3FileSystem._call_s3, []
 
     async def call(fs: Any, method: str, *args: Any, **given: Any) -> Any:
         if method == "upload_part":
             parts.append(given["PartNumber"])
             if len(parts) == 2:
-                own_s3_server.kill()
+                mortal_s3_server.kill()
         return await real(fs, method, *args, **given)
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", call)
@@ -201,10 +200,12 @@ def test_an_object_of_many_parts_whose_server_dies_never_appears(
         pytest.raises(StoreError, match=r"shards/part-0\.parquet"),
         mirror.held(uri, scratch, notes.append, notes.append, Nodes(), 0.5) as held,
     ):
+        shard.parent.mkdir()
+        shard.write_bytes(os.urandom(120 * 2**20))
         held.publish(shard)
     assert len(parts) >= 2
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", real)
-    own_s3_server.start()
+    mortal_s3_server.start()
     assert "shards/part-0.parquet" not in Store(uri).sizes() and units(uri) == set()
     with mirror.held(uri, scratch, notes.append, notes.append, Nodes(), 30.0):
         pass
