@@ -13,6 +13,9 @@ from types import ModuleType
 LAUNCHERS: dict[str, str] = {
     "local": "llmkit.launch.local",
     "slurm": "llmkit.launch.slurm",
+    "pytorchjob": "llmkit.launch.pytorchjob",
+    "trainjob": "llmkit.launch.trainjob",
+    "polyaxon": "llmkit.launch.polyaxon",
 }
 
 PROGRAM: list[str] = []

@@ -13,7 +13,7 @@ from llmkit.recipe_errors import Conflict
 from llmkit.settings import Settings
 from llmkit.uris import is_uri
 
-LauncherName = Literal["local", "slurm"]
+LauncherName = Literal["local", "slurm", "pytorchjob", "trainjob", "polyaxon"]
 
 
 class LaunchSettings(Settings):
