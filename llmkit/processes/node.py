@@ -73,7 +73,7 @@ def supervise(command: Sequence[str], output: str) -> int:
     for number in SIGNALS:
         signal.signal(number, hand_on)
     child = subprocess.Popen(command)
-    for early in list(asked):  # came between the handlers and the child
+    for early in asked:  # came between the handlers and the child
         _signal_run(child.pid, early)
     code = child.wait()
     code = code if code >= 0 else 128 - code

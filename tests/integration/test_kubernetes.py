@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -341,10 +340,11 @@ def agent(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             stderr=log,
             env=env,
         )
+    wait_until(lambda: process.poll() is not None or "ready" in (folder / "agent.log").read_text(), 60)
+    assert process.poll() is None, (folder / "agent.log").read_text()
     yield
     process.terminate()
     process.wait(20)
-    shutil.copy(folder / "agent.log", "/tmp/node-agent.log") if os.environ.get("LLMKIT_KEEP_LOGS") else None
 
 
 Submit = Callable[..., Any]

@@ -48,6 +48,7 @@ class Server:
         config = yaml.safe_load(kubeconfig.read_text(encoding="utf-8"))
         self.url = config["clusters"][0]["cluster"]["server"]
         self.session = requests.Session()
+        self.session.trust_env = False  # REQUESTS_CA_BUNDLE would win over the cluster's own certificate
         self.session.verify = config["clusters"][0]["cluster"]["certificate-authority"]
         self.session.headers["Authorization"] = f"Bearer {config['users'][0]['user']['token']}"
 
