@@ -106,6 +106,7 @@ lora: Stage
 cpt: Stage
 prompt_test: Stage
 check_data: Stage
+embed: Stage
 
 
 def __getattr__(name: str) -> Stage:

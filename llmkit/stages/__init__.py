@@ -14,6 +14,7 @@ STAGES: dict[str, str] = {
     "cpt": "llmkit.stages.cpt",
     "prompt-test": "llmkit.stages.prompt_test",
     "check-data": "llmkit.stages.check_data",
+    "embed": "llmkit.stages.embed",
 }
 
 

@@ -138,6 +138,16 @@ class _Multimodal(ABC):
         model: Any = load_weights(self.folder.weights, name, named.trust_remote_code)
         return model.eval().requires_grad_(False).to(device)
 
+    @cached_property
+    def dim(self) -> int:
+        """Dimensions of a vector, before it is packed: found by embedding a text."""
+        found = self.prepare(["a"], [None])[0]
+        if isinstance(found, Refused):
+            raise UsageError(f"{self.folder.root} cannot embed a text: {found.reason}")
+        width = int(self.vectors([found]).shape[1])
+        self.passed = 0
+        return width
+
     def identity(self) -> dict[str, Any]:
         """See ``Embedder.identity``."""
         named, settings = self.model_settings, self.settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -33,6 +33,17 @@ class EmbeddingSettings(Settings):
     """How a row becomes a vector. What is None or ``auto`` follows the model's own folder where that says so."""
 
     free_text: ClassVar[frozenset[str]] = frozenset({"prompt"})
+    not_here: ClassVar[Mapping[str, str]] = {
+        "batch_size": "batches are made by tokens, not by rows: `batch_tokens`",
+        "normalize_embeddings": "here it is `normalize`",
+        "pooling_mode": "here it is `pooling`",
+        "prompts": "one prompt for all rows: `prompt`, or `prompt_name` of the model's folder",
+        "max_seq_length": "here it is `max_length`",
+        "output_dtype": "here it is `precision`",
+        "show_progress_bar": "progress is always shown",
+        "device": "here it is `model.device`",
+        "convert_to_numpy": "vectors are kept in Parquet; `export.npy` makes a file for numpy of them",
+    }
 
     text: str | None = "text"
     """Column of the text; None where only images are embedded."""
@@ -99,6 +110,5 @@ class ExportSettings(Settings):
     faiss: Literal["flat", "hnsw", "ivf"] | None = None
     """A FAISS index ``vectors.faiss`` by inner product, ``binary`` by Hamming distance (extra ``vectors``); positions are those of ``vectors_keys.parquet``."""
 
-    @property
-    def wanted(self) -> bool:
-        return self.npy or self.lance or self.faiss is not None
+    features_by_day: str | None = None
+    """Column of a timestamp or an ISO date: all columns as a Parquet data set ``features/day=2026-11-27/…``, as feature stores read it. The column has to be carried along."""
