@@ -50,6 +50,7 @@ class Encoder:
         self.first_position: int | None = None
         self.share_prefix = False
         self.tokens = 0
+        self._attention = ""
         if padding_free:
             self._probe(share_prefix)
         self._longest_flat = _smallest_window(model.config)
@@ -120,7 +121,7 @@ class Encoder:
         positions += self.first_position or 0
         self.tokens += count
         device = self.model.device
-        self.model.set_attn_implementation(NAME)
+        self._attend_by(NAME)
         hidden: Tensor = self.model(
             input_ids=torch.from_numpy(ids)[None].to(device), position_ids=torch.from_numpy(positions)[None].to(device),
             layout=layout, **self._no_cache,
@@ -140,10 +141,14 @@ class Encoder:
         hidden = self._own_forward(ids, mask)
         return [pool(hidden[i : i + 1, : len(row)], self._modes, skip=self._skip)[0] for i, row in enumerate(rows)]
 
+    def _attend_by(self, name: str) -> None:
+        if self._attention != name:
+            self.model.set_attn_implementation(name)
+            self._attention = name
+
     def _own_forward(self, ids: np.ndarray, mask: np.ndarray) -> Tensor:
         device = self.model.device
-        if self.model.config._attn_implementation == NAME:
-            self.model.set_attn_implementation("sdpa" if getattr(self.model, "_supports_sdpa", True) else "eager")
+        self._attend_by("sdpa" if getattr(self.model, "_supports_sdpa", True) else "eager")
         hidden: Tensor = self.model(
             input_ids=torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(mask).to(device),
             **self._no_cache,
