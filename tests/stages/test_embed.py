@@ -62,6 +62,7 @@ def recipe_of(folder: Path, out: Path, **more: Any) -> Recipe:
 
 def test_a_row_becomes_a_vector_or_says_why_not(tiny_llama: Path, tmp_path: Path) -> None:
     from llmkit.inference.batch.work import RowError
+
     from llmkit.inference.embedding.work import EmbedWork
 
     work = EmbedWork(recipe_of(tiny_llama, tmp_path, embedding={"max_length": 32, "on_too_long": "drop"}))
