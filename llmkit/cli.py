@@ -40,6 +40,13 @@ INSTEAD: dict[str, dict[str, Any]] = {
                          "nothing.", show_default=False),
         ]
     },
+    "embed": {
+        "check_against": Annotated[
+            str | None,
+            typer.Option(metavar="LIBRARY", help="Compare the vectors of the input's first 200 texts with those of "
+                         "sentence-transformers, print the worst cosine, and run nothing.", show_default=False),
+        ]
+    },
 }  # fmt: skip
 """Options of single stages that do something else with the recipe than to run it: the function of that name in the
 stage's module gets recipe and value, and gives back the text to print."""

@@ -82,7 +82,9 @@ def test_schemas_are_json_and_forbid_unknown_keys() -> None:
     assert json.loads(json.dumps(schemas)) == schemas
     for stage, found in schemas.items():
         assert found["title"] == f"llmkit {stage} recipe"
-        required = ["templates", "models", "cases"] if stage == "prompt-test" else ["model", "data"]
+        required = {"prompt-test": ["templates", "models", "cases"], "embed": ["input", "model"]}.get(
+            stage, ["model", "data"]
+        )
         assert found["required"] == ["name", *required]
         blocks = [found, *found["$defs"].values()]
         assert len(blocks) >= 8

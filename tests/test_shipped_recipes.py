@@ -58,6 +58,8 @@ def test_it_holds_only_what_departs_from_the_defaults(path: Path) -> None:
     required: dict[str, Any] = {"name": "x", "model": {"name_or_path": "x"}, "data": {"train": "x"}}
     if path.parent.name == "prompt-test":
         required = {"name": "x", "templates": "x", "models": "x", "cases": "x"}
+    if path.parent.name == "embed":
+        required = {"name": "x", "model": {"name_or_path": "x"}, "input": {"path": "x"}}
     frozen = yaml.safe_load(dump(kind.model_validate(required)))
     written = load_recipe(path, kind).model_dump(exclude_unset=True)
     assert _same(written, frozen) == []
@@ -84,7 +86,8 @@ def test_a_dry_run_resolves_it(
     recipe = load_recipe(path, recipe_type(path.parent.name))
     said = capfd.readouterr().out
     assert f"name: {recipe.name}" in said
-    default = "batch_size: 8" if path.parent.name == "prompt-test" else "warmup_ratio: 0.03"
+    defaults = {"prompt-test": "batch_size: 8", "embed": "rows_per_shard: 10000"}
+    default = defaults.get(path.parent.name, "warmup_ratio: 0.03")
     assert default in said, "a default is not written out"
     assert list(tmp_path.iterdir()) == [], "a dry run leaves nothing behind"
 

@@ -62,7 +62,6 @@ def recipe_of(folder: Path, out: Path, **more: Any) -> Recipe:
 
 def test_a_row_becomes_a_vector_or_says_why_not(tiny_llama: Path, tmp_path: Path) -> None:
     from llmkit.inference.batch.work import RowError
-
     from llmkit.inference.embedding.work import EmbedWork
 
     work = EmbedWork(recipe_of(tiny_llama, tmp_path, embedding={"max_length": 32, "on_too_long": "drop"}))
@@ -85,7 +84,8 @@ def test_a_row_becomes_a_vector_or_says_why_not(tiny_llama: Path, tmp_path: Path
     assert found.tokens == len({one.tobytes(): one for one in good}[good[0].tobytes()]) + len(good[1])
     assert work.key(rows[0]) == work.key(rows[4]) != work.key(rows[3])
     assert work.key(rows[1]) is None
-    assert str(work.schema().field("embedding").type) == "fixed_size_list<element: float>[64]"
+    kind = work.schema().field("embedding").type
+    assert (str(kind.value_type), kind.list_size) == ("float", 64)
 
 
 def test_two_different_models_have_two_identities(tiny_llama: Path, tiny_qwen: Path, tmp_path: Path) -> None:
