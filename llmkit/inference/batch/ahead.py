@@ -7,13 +7,15 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from typing import Any
 
 from llmkit.errors import ProcessLostError
+from llmkit.inference.batch.assemble import Chunk, Worked, work_out
 from llmkit.inference.batch.settings import BatchRecipe
 from llmkit.inference.batch.work import Work, open_work
 
@@ -23,11 +25,11 @@ _work: Work | None = None
 
 
 class Ahead:
-    """``submit`` a chunk's rows, take the answer when it is needed. The first is prepared here: a small job needs no other
-    process."""
+    """The engine of one process: it computes a chunk while the next is prepared. The first is prepared here too: a small
+    job needs no other process."""
 
-    def __init__(self, stage: str, recipe: BatchRecipe, work: Work) -> None:
-        self._stage, self._recipe, self._own = stage, recipe, work
+    def __init__(self, target: str, recipe: BatchRecipe, work: Work) -> None:
+        self._target, self._recipe, self._own = target, recipe, work
         self._pool: ProcessPoolExecutor | None = None
         self._submitted = 0
 
@@ -41,6 +43,18 @@ class Ahead:
                 with suppress(AttributeError):
                     process.terminate()
 
+    def work_on(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, Worked | None]]:
+        waiting: deque[tuple[Chunk, Future[Sequence[Any]] | None]] = deque()
+        for chunk in chunks:
+            waiting.append((chunk, None if chunk.complete else self.submit(chunk.to_compute())))
+            if len(waiting) > 1:
+                yield self._worked(*waiting.popleft())
+        for chunk, prepared in waiting:
+            yield self._worked(chunk, prepared)
+
+    def _worked(self, chunk: Chunk, prepared: Future[Sequence[Any]] | None) -> tuple[Chunk, Worked | None]:
+        return chunk, None if prepared is None else work_out(self._own, take(prepared))
+
     def submit(self, rows: Rows) -> Future[Sequence[Any]]:
         self._submitted += 1
         if self._submitted == 1:
@@ -50,7 +64,7 @@ class Ahead:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(
-                1, mp_context=context, initializer=_begin, initargs=(self._stage, self._recipe, os.getpid())
+                1, mp_context=context, initializer=_begin, initargs=(self._target, self._recipe, os.getpid())
             )
         return self._pool.submit(_prepare, rows)
 
@@ -63,7 +77,7 @@ def take(future: Future[Sequence[Any]]) -> Sequence[Any]:
         raise ProcessLostError("The process that prepares the next rows was killed (out of memory?).") from error
 
 
-def _begin(stage: str, recipe: BatchRecipe, parent: int) -> None:
+def _begin(target: str, recipe: BatchRecipe, parent: int) -> None:
     """In the new process: end with the parent, leave signals to it, and open the tokenizer."""
     global _work
     if sys.platform == "linux":
@@ -74,7 +88,7 @@ def _begin(stage: str, recipe: BatchRecipe, parent: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the model's memory is not for this process
-    _work = open_work(stage, recipe)
+    _work = open_work(target, recipe)
 
 
 def _prepare(rows: Rows) -> Sequence[Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import pyarrow as pa
 
 from llmkit.data.rows import BadRow, RawRow
 from llmkit.errors import DataError
+from llmkit.inference.batch import reading
+from llmkit.inference.batch.settings import BatchRecipe
 from llmkit.inference.batch.work import Computed, RowError, Work
 
 WINDOW = 4
@@ -24,12 +27,13 @@ Outcome = RowError | int
 @dataclass
 class Chunk:
     """One chunk on its way. ``origin`` says for each row where its output is made: ``(chunk, row)``, itself or an equal
-    row before it; ``new`` are the rows that are computed here."""
+    row before it; ``new`` are the rows that are computed here. A ``complete`` one has its shard from an earlier start."""
 
     number: int
     rows: Sequence[RawRow | BadRow]
     origin: list[tuple[int, int] | None] = field(default_factory=list)
     new: list[int] = field(default_factory=list)
+    complete: bool = False
 
     def to_compute(self) -> list[Mapping[str, Any]]:
         return [row.data for i in self.new if isinstance(row := self.rows[i], RawRow)]
@@ -41,6 +45,23 @@ class Done:
 
     added: pa.Table
     outcomes: list[Outcome]
+
+
+@dataclass(frozen=True)
+class Worked:
+    """What was made of a chunk's new rows: for each of them a RowError or anything else, and the output of these."""
+
+    ready: Sequence[Any]
+    computed: Computed
+    seconds: float
+
+
+def work_out(work: Work, ready: Sequence[Any]) -> Worked:
+    """Compute the rows that were prepared."""
+    began = perf_counter()
+    good = [one for one in ready if not isinstance(one, RowError)]
+    computed = work.compute(good) if good else Computed({name: [] for name in work.schema().names})
+    return Worked(ready, computed, perf_counter() - began)
 
 
 class Equals:
@@ -85,19 +106,17 @@ def _column(values: Any, kind: pa.DataType) -> pa.Array:
     return pa.array(values, type=kind)
 
 
-def finish(
-    chunk: Chunk, prepared: Sequence[Any], computed: Computed, schema: pa.Schema, before: Mapping[int, Done]
-) -> Done:
+def finish(chunk: Chunk, worked: Worked, schema: pa.Schema, before: Mapping[int, Done]) -> Done:
     """The added columns of a chunk's good rows, and the outcome of every row."""
     bad: dict[int, RowError] = {}
     place: dict[int, int] = {}
-    for row, one in zip(chunk.new, prepared, strict=True):
+    for row, one in zip(chunk.new, worked.ready, strict=True):
         if isinstance(one, RowError):
             bad[row] = one
         else:
             place[row] = len(place)
-    bad |= {row: RowError(computed.errors[i]) for row, i in place.items() if i in computed.errors}
-    tables, start = [as_table(computed, schema)], {chunk.number: 0}
+    bad |= {row: RowError(worked.computed.errors[i]) for row, i in place.items() if i in worked.computed.errors}
+    tables, start = [as_table(worked.computed, schema)], {chunk.number: 0}
     for number in sorted({at[0] for at in chunk.origin if at is not None and at[0] != chunk.number}):
         start[number] = sum(table.num_rows for table in tables)
         tables.append(before[number].added)
@@ -180,11 +199,26 @@ class Kept:
                 )
         return None
 
+    def fitting(self, row: RawRow | BadRow) -> RawRow | BadRow:
+        """The row, or in its place why it does not fit."""
+        if isinstance(row, BadRow):
+            return row
+        why = self.misfit(row)
+        return row if why is None else BadRow(row.row_id, why)
+
     def table(self, rows: Sequence[RawRow]) -> pa.Table:
         assert self.schema is not None
         data = [row.data | ({self._row_id: row.row_id} if self._row_id else {}) for row in rows]
         arrays = [pa.array([row.get(f.name) for row in data], type=f.type) for f in self.schema]
         return pa.table(arrays, schema=self.schema)
+
+
+def planned(recipe: BatchRecipe, work: Work, kept: Kept) -> Iterator[Chunk]:
+    """Every chunk of the input, in order: the same in each process and on every start."""
+    equals = Equals(work)
+    for number, rows in enumerate(reading.chunks(recipe.input, recipe.output.rows_per_shard)):
+        kept.settle(rows)
+        yield equals.plan(number, [kept.fitting(row) for row in rows])
 
 
 def _type_of(values: Sequence[Any]) -> pa.DataType:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,14 @@ import pyarrow.parquet as pq
 
 from llmkit import __version__
 from llmkit.context import RunContext, Task
-from llmkit.data.rows import BadRow, RawRow
+from llmkit.data.rows import RawRow
 from llmkit.errors import DataError, StoppedEarly
 from llmkit.inference.batch import reading
-from llmkit.inference.batch.ahead import Ahead, take
-from llmkit.inference.batch.assemble import WINDOW, Chunk, Done, Equals, Kept, finish, restored
+from llmkit.inference.batch.ahead import Ahead
+from llmkit.inference.batch.assemble import WINDOW, Chunk, Done, Kept, Worked, finish, planned, restored
 from llmkit.inference.batch.settings import BatchRecipe
 from llmkit.inference.batch.shards import FOLDER, Shard, Store, write_atomic
-from llmkit.inference.batch.work import Computed, RowError, Work, open_work
+from llmkit.inference.batch.work import WORKS, RowError, Work, open_work
 from llmkit.modeling.devices import this_machine
 
 MANIFEST, ERRORS, DROPPED = "manifest.json", "errors.jsonl", "dropped.jsonl"
@@ -65,7 +63,7 @@ def run_batch(recipe: BatchRecipe, ctx: RunContext, stage: str) -> BatchReport:
     Raises DataError for more bad rows than ``max_errors`` (all that were seen are in ``errors.jsonl``), StoppedEarly after
     a signal, UsageError where the folder holds shards that were computed otherwise.
     """
-    work = open_work(stage, recipe)
+    work = open_work(WORKS[stage], recipe)
     store = Store.open(ctx.output_dir, _identity(recipe, work, stage))
     for name in store.damaged:
         ctx.progress.note(f"{name} is damaged or gone: it is made anew")
@@ -73,8 +71,10 @@ def run_batch(recipe: BatchRecipe, ctx: RunContext, stage: str) -> BatchReport:
         ctx.progress.note(f"Going on after {len(store.done)} complete shards")
     job = _Job(recipe, ctx, stage, work, store)
     total = reading.count(recipe.input)
-    with ctx.progress.task(stage, total=total, unit="rows") as task, Ahead(stage, recipe, work) as ahead:
-        job.run(task, ahead)
+    with ctx.progress.task(stage, total=total, unit="rows") as task, Ahead(WORKS[stage], recipe, work) as engine:
+        for chunk, worked in engine.work_on(job.chunks()):
+            job.take(chunk, worked, task)
+    job.check_errors()
     return job.report()
 
 
@@ -91,40 +91,35 @@ class _Job:
     def __init__(self, recipe: BatchRecipe, ctx: RunContext, stage: str, work: Work, store: Store) -> None:
         self.recipe, self.ctx, self.stage, self.work, self.store = recipe, ctx, stage, work, store
         self.added = work.schema()
-        self.equals = Equals(work)
         self.kept = Kept(recipe.input.keep, recipe.output.row_id, self.added, None)
         self.before: dict[int, Done] = {}
         self.meter = _Meter()
         self.cost_per_hour = this_machine().cost_per_hour
 
-    def run(self, task: Task, ahead: Ahead) -> None:
-        """One chunk is computed while the next is read and prepared."""
-        waiting: deque[tuple[Chunk, Future[Sequence[Any]]]] = deque()
-        for chunk in self._chunks(task):
-            waiting.append((chunk, ahead.submit(chunk.to_compute())))
-            if len(waiting) > 1:
-                self._compute(*waiting.popleft(), task)
-        while waiting:
-            self._compute(*waiting.popleft(), task)
-        self._check_errors()
+    def chunks(self) -> Iterator[Chunk]:
+        """Every chunk. The complete ones are read too: later rows may equal theirs."""
+        for chunk in planned(self.recipe, self.work, self.kept):
+            chunk.complete = chunk.number in self.store.done
+            yield chunk
 
-    def _chunks(self, task: Task) -> Iterator[Chunk]:
-        """The chunks that are left. The complete ones are read too: later rows may equal theirs."""
-        for number, rows in enumerate(reading.chunks(self.recipe.input, self.recipe.output.rows_per_shard)):
-            self.kept.settle(rows)
-            rows = [self._fitting(row) for row in rows]
-            chunk = self.equals.plan(number, rows)
-            if number not in self.store.done:
-                yield chunk
-                continue
-            self._remember(number, self._restored(number))
-            task.advance(len(rows))
+    def take(self, chunk: Chunk, worked: Worked | None, task: Task) -> None:
+        """Keep what was made of a chunk; None is given for one that is complete."""
+        if worked is not None:
+            self._keep(chunk, worked)
+        elif self._is_needed(chunk.number):
+            self._remember(chunk.number, self._restored(chunk.number))
+        task.advance(len(chunk.rows))
+        if worked is None:
+            return
+        self._tell(chunk)
+        self.check_errors()
+        if self.ctx.stop.requested:
+            left = "The same command goes on after the last complete shard."
+            raise StoppedEarly(f"Stopped by {self.ctx.stop.reason} after shard {chunk.number}. {left}")
 
-    def _fitting(self, row: RawRow | BadRow) -> RawRow | BadRow:
-        if isinstance(row, BadRow):
-            return row
-        why = self.kept.misfit(row)
-        return row if why is None else BadRow(row.row_id, why)
+    def _is_needed(self, number: int) -> bool:
+        """Whether a chunk that is still to do may hold rows equal to those of this one."""
+        return any(later not in self.store.done for later in range(number + 1, number + WINDOW + 1))
 
     def _restored(self, number: int) -> Done:
         shard = self.store.done[number]
@@ -137,22 +132,9 @@ class _Job:
         self.before[number] = done
         self.before.pop(number - WINDOW - 1, None)
 
-    def _compute(self, chunk: Chunk, prepared: Future[Sequence[Any]], task: Task) -> None:
-        began = time.perf_counter()
-        ready = take(prepared)
-        good = [one for one in ready if not isinstance(one, RowError)]
-        computed = self.work.compute(good) if good else _nothing(self.added)
-        done = finish(chunk, ready, computed, self.added, self.before)
+    def _keep(self, chunk: Chunk, worked: Worked) -> None:
+        done = finish(chunk, worked, self.added, self.before)
         self._remember(chunk.number, done)
-        self._keep(chunk, done, computed, time.perf_counter() - began)
-        task.advance(len(chunk.rows))
-        self._tell(chunk)
-        self._check_errors()
-        if self.ctx.stop.requested:
-            left = "The same command goes on after the last complete shard."
-            raise StoppedEarly(f"Stopped by {self.ctx.stop.reason} after shard {chunk.number}. {left}")
-
-    def _keep(self, chunk: Chunk, done: Done, computed: Computed, seconds: float) -> None:
         good = [row for row, how in zip(chunk.rows, done.outcomes, strict=True) if not isinstance(how, RowError)]
         bad = [
             (i, row.row_id, how) for i, (row, how) in enumerate(zip(chunk.rows, done.outcomes, strict=True))
@@ -168,8 +150,8 @@ class _Job:
         digest = self.store.write(chunk.number, table)
         copies = sum(at is not None for at in chunk.origin) - len(chunk.new)
         shard = Shard(
-            self.store.path(chunk.number).name, len(chunk.rows), table.num_rows, digest, computed.tokens, copies,
-            round(seconds, 3), tuple((i, at, how.reason) for i, at, how in bad if not how.dropped),
+            self.store.path(chunk.number).name, len(chunk.rows), table.num_rows, digest, worked.computed.tokens, copies,
+            round(worked.seconds, 3), tuple((i, at, how.reason) for i, at, how in bad if not how.dropped),
             tuple((i, at, how.reason) for i, at, how in bad if how.dropped),
         )  # fmt: skip
         assert shard.rows + len(bad) == shard.read
@@ -188,10 +170,11 @@ class _Job:
             "duplicates": sum(s.duplicates for s in shards), "tokens": sum(s.tokens for s in shards),
         }  # fmt: skip
 
-    def _check_errors(self) -> None:
-        errors = [one for _, shard in sorted(self.store.done.items()) for one in shard.errors]
-        if len(errors) <= self.recipe.max_errors:
+    def check_errors(self) -> None:
+        """Raises DataError for more bad rows than the recipe allows."""
+        if sum(len(shard.errors) for shard in self.store.done.values()) <= self.recipe.max_errors:
             return
+        errors = [one for _, shard in sorted(self.store.done.items()) for one in shard.errors]
         self._write_rows(ERRORS, "errors")
         first = "\n".join(f"    {row}: {why}" for _, row, why in errors[:_TOLD])
         raise DataError(
@@ -233,10 +216,6 @@ class _Job:
             {"rows": numbers["rows"], "shards": len(digests)},
         )  # fmt: skip
         return BatchReport(self.store.paths(), numbers | self.meter.speeds(self.cost_per_hour), artifacts)
-
-
-def _nothing(schema: pa.Schema) -> Computed:
-    return Computed({name: [] for name in schema.names})
 
 
 def _text(schema: pa.Schema) -> str:

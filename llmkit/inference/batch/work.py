@@ -55,7 +55,8 @@ class Work(Protocol):
         """The model's part."""
 
 
-def open_work(stage: str, recipe: BatchRecipe) -> Work:
-    module, _, name = WORKS[stage].partition(":")
+def open_work(target: str, recipe: BatchRecipe) -> Work:
+    """The work that ``target`` (``module:class``, see ``WORKS``) names."""
+    module, _, name = target.partition(":")
     made: Work = getattr(import_module(module), name)(recipe)
     return made

@@ -195,3 +195,17 @@ def test_whatever_is_lost_the_output_is_that_of_a_job_never_stopped(
     bad = broken / "out" / "errors.jsonl", whole / "out" / "errors.jsonl"
     assert bad[0].exists() == bad[1].exists()
     assert not bad[0].exists() or bad[0].read_text().replace(str(broken), str(whole)) == bad[1].read_text()
+
+
+@pytest.mark.parametrize("damaged", [0, 2, 9])
+def test_a_damaged_shard_is_made_anew_though_all_later_ones_are_there(tmp_path: Path, damaged: int) -> None:
+    """Its rows equal those of shards long before the end, which must still be at hand when its turn comes."""
+    report = run(tmp_path, texts(*"abcabcabdabeabfabgabhabiabjabk"))
+    before = [path.read_bytes() for path in report.shards]
+    assert len(before) == 10
+    report.shards[damaged].write_bytes(before[damaged][:-9])
+    (tmp_path / "computed.txt").unlink()
+    again = run(tmp_path)
+    assert [path.read_bytes() for path in again.shards] == before
+    computed = (tmp_path / "computed.txt").read_text().split() if (tmp_path / "computed.txt").exists() else []
+    assert len(computed) <= 3
