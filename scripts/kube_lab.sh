@@ -19,7 +19,7 @@ packages() { # name...: installs what is missing
     for name in "$@"; do dpkg -s "$name" >/dev/null 2>&1 || missing+=("$name"); done
     [ ${#missing[@]} -eq 0 ] && return 0
     as_root apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive as_root apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    DEBIAN_FRONTEND=noninteractive as_root apt-get install -y -qq -o DPkg::Lock::Timeout=300 --no-install-recommends "${missing[@]}" >/dev/null
 }
 
 runtime_packages() { # kubectl may come from elsewhere, and newer

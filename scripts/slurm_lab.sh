@@ -29,7 +29,7 @@ packages() {
     # No daemon of a package's own may start: they would use the default ports.
     [ -e /usr/sbin/policy-rc.d ] || printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
     chmod +x /usr/sbin/policy-rc.d
-    { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
+    { apt-get update -qq && apt-get install -y -qq -o DPkg::Lock::Timeout=300 --no-install-recommends \
         slurmctld slurmd slurmdbd slurm-client munge mariadb-server; } >"$lab/log/apt.log" 2>&1 ||
         fail "Debian's packages of Slurm could not be installed"
 }
