@@ -17,6 +17,7 @@ from llmkit.launch import remote
 from llmkit.launch.record import JobStatus, Record
 from llmkit.recipe import Recipe
 from llmkit.reply import Reply
+from llmkit.runner import Prepared
 
 RUNS = Path("runs")
 
@@ -37,7 +38,7 @@ def start(stage: str, runs: Sequence[Recipe], how: How) -> Reply:
     """Submit one run, or those of a sweep."""
     found = [runner.look(recipe, stage, how.resume) for recipe in runs]
     if how.dry_run:
-        return _rendered([one.recipe for one in found], stage, how)
+        return _rendered(found, stage, how)
     recipes = [one.recipe for one in found]
     if len(recipes) == 1:
         return _started(
@@ -46,10 +47,11 @@ def start(stage: str, runs: Sequence[Recipe], how: How) -> Reply:
     return _sweep_started(remote.submit_sweep(recipes, stage, how.launcher, how.resume, after=how.after), how)
 
 
-def _rendered(recipes: Sequence[Recipe], stage: str, how: How) -> Reply:
+def _rendered(found: Sequence[Prepared], stage: str, how: How) -> Reply:
     """Exactly what would be submitted, on stdout; all else on stderr."""
     where = launch.load(how.launcher)
-    job = remote.job_of(recipes, stage, how.launcher, token="dry-run", debug=how.debug)
+    recipes = [one.recipe for one in found]
+    job = remote.job_of(recipes, stage, how.launcher, token=remote.token_of(found), debug=how.debug)
     text = where.render(job, where.waiting_for(recipes[0].launch, how.after))
     folders = ", ".join(recipe.output_dir for recipe in recipes)
     print(f"processes:      {where.describe(job)}\noutput folder:  {folders}", file=sys.stderr, flush=True)

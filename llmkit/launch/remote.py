@@ -7,11 +7,11 @@ the job by its token, or knows that there is none.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -51,6 +51,18 @@ def job_of(recipes: Sequence[Recipe], stage: str, launcher: str, *, token: str =
         argv, folder, Path.cwd(), resources=launch.load(launcher).resources(first), name=first.name, stage=stage, token=token,
         recipe=dump(first), sweep=tuple(files) if len(files) > 1 else (), remote=uris.is_uri(first.output_dir),
     )  # fmt: skip
+
+
+def token_of(runs: Sequence[Prepared]) -> str:
+    """What marks a submission, the same each time it is rendered: its runs, and which submission of theirs it is."""
+    parts = [text for one in runs for text in (one.recipe.output_dir, dump(one.recipe), *_jobs_before(one))]
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:32]
+
+
+def _jobs_before(prepared: Prepared) -> tuple[str, ...]:
+    """Ids of the jobs that a run was; none for a run that begins anew, whose old folder is set aside."""
+    before = records.read(prepared.folder) if prepared.finding.state != "set_aside" else None
+    return () if before is None else (*before.earlier, *([before.id] if before.id else []))
 
 
 def submit(
@@ -159,15 +171,17 @@ def _known_already(prepared: Prepared) -> Submitted | Result | None:
 
 def _submit_anew(runs: Sequence[Prepared], launcher: str, after: Sequence[str], debug: bool) -> list[Submitted]:
     where = launch.load(launcher)
-    token = uuid.uuid4().hex
+    token = token_of(runs)
     job = job_of([one.recipe for one in runs], runs[0].stage, launcher, token=token, debug=debug)
     settings = where.waiting_for(runs[0].recipe.launch, after)
     where.render(job, settings)  # what cannot be rendered is not recorded as submitted
-    new = [_record(one, launcher, token) for one in runs]
+    before = [records.read(one.folder) for one in runs]
+    new = [_record(one, job, launcher, i) for i, one in enumerate(runs)]
     for one, record in zip(runs, new, strict=True):
         record.write()
         announce(one, record)
         one.push()  # the job may begin at once, on another machine
+    placed: list[Record] = []
     try:
         place: Place = where.submit(job, settings)
         placed = [record.placed(where.part(place, i) if job.sweep else place) for i, record in enumerate(new)]
@@ -175,29 +189,30 @@ def _submit_anew(runs: Sequence[Prepared], launcher: str, after: Sequence[str], 
             record.write()
             one.push(records.RECORD)  # the rest is the job's by now
         states = [where.look_after(record) for record in placed]
-    except LlmkitError:
-        for record in new:
-            (record.output_dir / records.RECORD).unlink()
+    except UsageError:
+        _take_back(placed, where)
+        for record, old in zip(new, before, strict=True):
+            old.write() if old is not None else (record.output_dir / records.RECORD).unlink()
         raise
+    # A scheduler that does not answer may have the job all the same: the record stays, and the next start asks for it.
     for one, record in zip(runs, placed, strict=True):
         name_job(one, record)
     return [Submitted(record, status, new=True) for record, status in zip(placed, states, strict=True)]
 
 
-def _record(prepared: Prepared, launcher: str, token: str) -> Record:
-    before = records.read(prepared.folder)
-    earlier = (*before.earlier, before.id) if before is not None and before.id else ()
-    recipe = prepared.recipe
+def _take_back(placed: Sequence[Record], where: ModuleType) -> None:
+    """Cancel what was submitted of a job that is refused; some of it may be gone already."""
+    for record in placed:
+        with suppress(LlmkitError):
+            where.cancel(record)
+
+
+def _record(prepared: Prepared, job: Job, launcher: str, index: int) -> Record:
+    where = {"logs": str(job.logs)} | ({"index": str(index)} if job.sweep else {})
     return Record(
-        launcher,
-        token,
-        recipe.name,
-        prepared.stage,
-        prepared.folder,
-        records.now(),
-        earlier=earlier,
-        uri=prepared.uri or "",
-    )
+        launcher, job.token, prepared.recipe.name, prepared.stage, prepared.folder, records.now(),
+        where=where, earlier=_jobs_before(prepared), uri=prepared.uri or "",
+    )  # fmt: skip
 
 
 def announce(prepared: Prepared, record: Record) -> None:

@@ -193,7 +193,14 @@ def _own_mounts(job: Job) -> list[str]:
 
 
 def sbatch_quote(value: str) -> str:
-    """A value on an ``#SBATCH`` line. sbatch knows quotes and backslashes, but expands nothing."""
+    """A value on an ``#SBATCH`` line. sbatch knows quotes and backslashes, but expands nothing.
+
+    UsageError for a line break: what follows it would be a command of the script.
+    """
+    if len(value.splitlines()) > 1 or value.endswith(("\n", "\r")):
+        raise UsageError(
+            f"{value!r} has a line break, and an option of sbatch is one line. Change output_dir, or the setting."
+        )
     if re.fullmatch(r"[\w%+:,./@=-]+", value, re.ASCII):
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -234,13 +241,14 @@ def part(place: Place, index: int) -> Place:
 
 
 def find(record: Record) -> Place | None:
-    """The job whose submission was interrupted before its id was written down; None where there is none."""
-    for line in _ask("squeue", "--me", "--noheader", "--states=all", "--format=%i|%k").splitlines():
+    """The newest job whose submission was interrupted before its id was written down; None where there is none."""
+    index = record.where.get("index")
+    found = None
+    for line in _ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%k").splitlines():
         number, _, comment = line.strip().partition("|")
-        if comment == COMMENT + record.token:
-            logs = Path.cwd() / "logs" / record.output_dir.name if record.uri else record.output_dir / "logs"
-            return Place(number, {"log": str(logs / f"slurm-{number}.log")})
-    return None
+        if comment == COMMENT + record.token and (index is None or number.endswith(f"_{index}")):
+            found = Place(number, {"log": str(Path(record.where["logs"]) / f"slurm-{number}.log")})
+    return found
 
 
 def look_after(record: Record) -> JobStatus:

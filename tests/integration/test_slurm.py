@@ -271,7 +271,7 @@ def test_an_interrupted_submission_is_found_again(cluster: Cluster) -> None:
     first = cluster.json("toy", path, "--launcher", "slurm")
     file = cluster.folder / "runs/lost/job.json"
     written = json.loads(file.read_text())
-    file.write_text(json.dumps(written | {"id": "", "where": {}}))
+    file.write_text(json.dumps(written | {"id": "", "where": {"logs": str(Path(written["where"]["log"]).parent)}}))
     again = cluster.json("toy", path, "--launcher", "slurm")
     assert (again["id"], again["new"]) == (first["id"], False)
     assert len(cluster.ask("squeue", "--noheader", "--format=%i").split()) == 1
