@@ -270,14 +270,14 @@ def look_after(record: Record) -> JobStatus:
 
 
 def _asked(fields: Mapping[str, str]) -> str:
-    """``asks for 9 nodes of 4`` and the like."""
+    """``asks for 9 nodes of 4 in partition main`` and the like."""
     wanted = fields.get("NumNodes", "?").partition("-")[0]
     partition = fields.get("Partition", "")
     there = _ask("sinfo", "--noheader", f"--partition={partition}", "--format=%D %l").split()
-    limit = (
-        f", and for {fields.get('TimeLimit', '?')} of {there[1]}" if len(there) > 1 and there[1] != "infinite" else ""
-    )
-    return f"asks for {wanted} nodes of {there[0] if there else '?'} in partition {partition}{limit}"
+    nodes = f"asks for {wanted} node{'s'[: wanted != '1']} of {there[0] if there else '?'} in partition {partition}"
+    if len(there) < 2 or there[1] == "infinite":
+        return nodes
+    return f"{nodes}, and for a time limit of {fields.get('TimeLimit', '?')}; the partition's is {there[1]}"
 
 
 def status(record: Record) -> JobStatus:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,54 @@ def test_the_whole_script_with_everything() -> None:
 @pytest.mark.parametrize("script", [PLAIN, EVERYTHING])
 def test_the_scripts_are_bash(script: str) -> None:
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+HOSTILE = [
+    "a b",
+    "it's",
+    'say "x"',
+    "$(touch pwned)",
+    "`touch pwned`",
+    "two\nlines",
+    "한국 ü",
+    "a;touch pwned",
+    "-rf",
+    "\\",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_enters_the_script_is_data(text: str, tmp_path: Path) -> None:
+    """Run by bash. srun and scontrol are stand-ins, which show the words they get: a real job takes seconds for each."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for name, line in {"srun": 'printf "%s\\0" "$@" "$X" > "$SEEN"', "scontrol": "echo n1"}.items():
+        (bin_folder / name).write_text(f"#!/bin/bash\n{line}\n")
+        (bin_folder / name).chmod(0o755)
+    where = tmp_path / f"in {text}".replace("\n", " ")
+    where.mkdir()
+    recipe = f"/runs/{text}/recipe.yaml"
+    made = job(argv=("llmkit", "run", recipe), cwd=where, name=text, output_dir=where)
+    script = slurm.render(made, settings(slurm={"environment": {"X": text}, "command": f"{text}!"}))
+    seen = tmp_path / "seen"
+    env = {
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "SEEN": str(seen),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1",
+    }
+    done = subprocess.run(
+        ["bash", "-s"], input=script, env=env, cwd=tmp_path, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    words = seen.read_text().split("\0")
+    assert words[-5:] == [f"{text}!", "run", recipe, text, ""]
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_a_line_break_in_an_option_would_be_a_command_and_is_refused() -> None:
+    with pytest.raises(UsageError, match="line break"):
+        slurm.render(job("/runs/a\ntouch pwned"), settings())
 
 
 def test_pyxis_is_srun_s_own_container() -> None:
