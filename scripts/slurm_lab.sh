@@ -155,8 +155,21 @@ up() {
     echo "export SLURM_CONF=$SLURM_CONF"
 }
 
+no_jobs() { [ -z "$(squeue --noheader 2>/dev/null)" ]; }
+
+jobs_gone() { # a job outlives the daemons that would have ended it
+    [ -s "$lab/run/slurmctld.pid" ] && kill -0 "$(cat "$lab/run/slurmctld.pid")" 2>/dev/null || return 0
+    timeout 20 scancel --user=root --state=PENDING 2>/dev/null || true
+    timeout 20 scancel --user=root --full --signal=KILL 2>/dev/null || true
+    timeout 20 scancel --user=root 2>/dev/null || true
+    for _ in $(seq 60); do no_jobs && return; sleep 0.5; done
+    echo "slurm_lab: some jobs have not ended: $(squeue --noheader --format='%i %T' 2>&1 | tr '\n' ' ')" >&2
+}
+
 down() {
     local file pid
+    export SLURM_CONF=$lab/etc/slurm.conf
+    jobs_gone
     for name in 'slurmd.*' slurmctld slurmdbd mariadbd munged; do
         for file in "$lab"/run/$name.pid; do
             [ -s "$file" ] || continue

@@ -121,7 +121,8 @@ def program(monkeypatch: pytest.MonkeyPatch) -> None:
 def job(folder: str = "/runs/queries", **more: Any) -> Job:
     given: dict[str, Any] = {"name": "queries", "stage": "sft", "token": "0123abcd", "cwd": Path("/home/me/project")}
     argv = ("llmkit", "run", f"{folder}/recipe.yaml")
-    return Job(**{"argv": argv, "output_dir": Path(folder)} | given | more)
+    given |= {"argv": argv, "output_dir": Path(folder)} | more
+    return Job(**given)
 
 
 def settings(**keys: Any) -> LaunchSettings:
