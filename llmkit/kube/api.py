@@ -333,6 +333,8 @@ def wait_for_change(kind: Kind, record: Record, seconds: float) -> None:
 
 def status(kind: Kind, record: Record) -> JobStatus:
     """By the operator's conditions; the reason for waiting and the exit code by the pods."""
+    if not record.id:
+        raise MissingError("its submission was interrupted: the same command submits it, or finds its job")
     cluster = cluster_of_record(record)
     job = _get(cluster, kind, record.id)
     if job is None or job["metadata"]["uid"] != record.where["uid"]:

@@ -32,6 +32,11 @@ def job_name(name: str, token: str) -> str:
     return f"{plain[: _LONGEST - _TOKEN_IN_NAME - 1].rstrip('-')}-{token[:_TOKEN_IN_NAME]}"
 
 
+def folder_of(job: Job) -> str:
+    """The output folder as the pods name it: a path, or the URI of an object store."""
+    return job.argv[2].removesuffix("/recipe.yaml") if job.remote else str(job.output_dir)
+
+
 def labels_of(job: Job, settings: KubernetesSettings) -> dict[str, str]:
     """Labels of the job, its pods and its ConfigMap."""
     own = {"app.kubernetes.io/name": "llmkit", STAGE: job.stage, TOKEN: token_of(job)}
@@ -40,7 +45,7 @@ def labels_of(job: Job, settings: KubernetesSettings) -> dict[str, str]:
 
 def annotations_of(job: Job, settings: KubernetesSettings) -> dict[str, str]:
     """Annotations: what is too free for a label, the run's name and folder."""
-    return {**settings.annotations, RUN: job.name, FOLDER: str(job.output_dir)}
+    return {**settings.annotations, RUN: job.name, FOLDER: folder_of(job)}
 
 
 def config_map_name(name: str) -> str:

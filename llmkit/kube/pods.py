@@ -31,12 +31,17 @@ def models() -> Any:
 
 def command(job: Job, settings: KubernetesSettings) -> list[str]:
     """The container's command, as a list: no shell reads it."""
-    begin = ["python", "-m", "llmkit.processes.node", "--output", str(job.output_dir)]
-    if settings.recipe_by == "config_map":
+    begin = ["python", "-m", "llmkit.processes.node", "--output", names.folder_of(job)]
+    if by_config_map(job, settings):
         begin += ["--stage", job.stage, "--recipe", RECIPE_FILE]
     program, *rest = job.argv
     several = job.resources.processes > 1 or settings.elastic is not None
     return [*begin, "--", *(["torchrun", "-m", "llmkit"] if several else [program]), *rest]
+
+
+def by_config_map(job: Job, settings: KubernetesSettings) -> bool:
+    """A run in an object store has its recipe there."""
+    return settings.recipe_by == "config_map" and not job.remote
 
 
 def literally(text: str) -> str:
@@ -68,7 +73,7 @@ def _plain(cpu: str | float | None) -> str | None:
     return f"{cpu:g}" if isinstance(cpu, float | int) else cpu
 
 
-def volumes(name: str, settings: KubernetesSettings) -> tuple[list[Any], list[Any]]:
+def volumes(name: str, job: Job, settings: KubernetesSettings) -> tuple[list[Any], list[Any]]:
     """The pod's volumes, and where its container mounts them."""
     k8s = models()
     made = []
@@ -86,7 +91,7 @@ def volumes(name: str, settings: KubernetesSettings) -> tuple[list[Any], list[An
         memory = k8s.V1EmptyDirVolumeSource(medium="Memory", size_limit=settings.shared_memory)
         made.append(k8s.V1Volume(name="shared-memory", empty_dir=memory))
         mounts.append(k8s.V1VolumeMount(name="shared-memory", mount_path="/dev/shm"))
-    if settings.recipe_by == "config_map":
+    if by_config_map(job, settings):
         recipe = k8s.V1ConfigMapVolumeSource(name=names.config_map_name(name))
         made.append(k8s.V1Volume(name="recipe", config_map=recipe))
         mounts.append(k8s.V1VolumeMount(name="recipe", mount_path=RECIPE_FOLDER, read_only=True))
@@ -108,7 +113,7 @@ def working_dir(job: Job, settings: KubernetesSettings) -> str | None:
 
 def container(name: str, job: Job, settings: KubernetesSettings, title: str) -> Any:
     k8s = models()
-    _, mounts = volumes(name, settings)
+    _, mounts = volumes(name, job, settings)
     sources = [k8s.V1EnvFromSource(secret_ref=k8s.V1SecretEnvSource(name=secret)) for secret in settings.env_from]
     return k8s.V1Container(
         name=title, image=settings.image, image_pull_policy=settings.image_pull_policy,
@@ -145,7 +150,7 @@ def tolerations(settings: KubernetesSettings) -> list[Any]:
 
 def pod_template(name: str, job: Job, settings: KubernetesSettings, title: str = "pytorch") -> Any:
     k8s = models()
-    made, _ = volumes(name, settings)
+    made, _ = volumes(name, job, settings)
     pulls = [k8s.V1LocalObjectReference(name=secret) for secret in settings.image_pull_secrets]
     spec = k8s.V1PodSpec(
         containers=[container(name, job, settings, title)], volumes=made or None, image_pull_secrets=pulls or None,

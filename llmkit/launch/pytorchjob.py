@@ -56,7 +56,7 @@ def objects(job: Job, settings: LaunchSettings) -> list[dict[str, Any]]:
     rules.no_sweep(job)
     name = names.job_name(job.name, names.token_of(job))
     kube = settings.kubernetes
-    recipe = [pods.config_map(name, job, kube)] if kube.recipe_by == "config_map" else []
+    recipe = [pods.config_map(name, job, kube)] if pods.by_config_map(job, kube) else []
     return [*recipe, _pytorch_job(name, job, settings)]
 
 

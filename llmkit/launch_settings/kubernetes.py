@@ -85,7 +85,7 @@ class ElasticSettings(Settings):
     min_nodes: Annotated[int, Field(ge=1)]
     """Fewest pods that the run goes on with."""
     max_nodes: Annotated[int, Field(ge=1)]
-    """Most pods."""
+    """Most pods that the run is divided among."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often the processes are started again."""
     backend: Literal["c10d", "etcd", "etcd-v2"] = "c10d"

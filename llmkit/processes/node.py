@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
-from llmkit import __version__, rundir, stages
+from llmkit import __version__, rundir, stages, uris
 from llmkit.errors import LlmkitError
 from llmkit.recipe import Recipe, load_recipe
 
@@ -28,7 +28,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llmkit.processes.node", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--output", required=True, help="the run's output folder")
+    parser.add_argument("--output", required=True, help="the run's output folder, or its URI")
     parser.add_argument("--stage", help="the run's stage; with --recipe")
     parser.add_argument("--recipe", type=Path, help="the frozen recipe, where it is not in the output folder")
     parser.add_argument("command", nargs="+", help="what is started, after --")
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LlmkitError as error:
         print(f"llmkit: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    return supervise(given.command, given.output)
+    return supervise(given.command, uris.workplace(given.output))
 
 
 def put_recipe(output: str, stage: str, source: Path) -> None:
@@ -59,7 +59,7 @@ def put_recipe(output: str, stage: str, source: Path) -> None:
     rundir.freeze(folder, stage, recipe, before.data if before else {}, __version__, now)
 
 
-def supervise(command: Sequence[str], output: str) -> int:
+def supervise(command: Sequence[str], folder: Path) -> int:
     """Run the command; its exit code, or the run's own where the command failed for it."""
     began = time.time()
     asked: list[int] = []
@@ -77,7 +77,7 @@ def supervise(command: Sequence[str], output: str) -> int:
         _signal_run(child.pid, early)
     code = child.wait()
     code = code if code >= 0 else 128 - code
-    return code if code == 0 else _own_code(output, code, began)
+    return code if code == 0 else _own_code(folder, code, began)
 
 
 def _signal_run(pid: int, number: int) -> None:
@@ -100,11 +100,11 @@ def _is_torchrun(process: object) -> bool:
     return any(part.endswith("torchrun") or part == "torch.distributed.run" for part in process.cmdline()[:3])  # type: ignore[attr-defined]
 
 
-def _own_code(output: str, code: int, began: float) -> int:
+def _own_code(folder: Path, code: int, began: float) -> int:
     """What the run itself said, where it said it in this start; the folder may be on storage that shows it late."""
-    path = Path(output) / rundir.RESULT
+    path = folder / rundir.RESULT
     for _ in range(10):
-        result = rundir.read_result(path.parent)
+        result = rundir.read_result(folder)
         if result is not None and path.stat().st_mtime >= began - 1 and result.exit_code:
             return result.exit_code
         time.sleep(0.2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,15 @@ def test_names_are_dns_names_with_room_for_the_pods(name: str) -> None:
 def test_one_process_needs_no_torchrun() -> None:
     assert pods.command(job(), settings(PLAIN).kubernetes)[-3:] == ["llmkit", "run", '/runs/it\'s a "run"/recipe.yaml']
     assert "torchrun" in pods.command(job(2), settings(PLAIN).kubernetes)
+
+
+def test_a_run_in_an_object_store_has_its_recipe_there() -> None:
+    what = replace(job(2), argv=("llmkit", "run", "s3://b/runs/a/recipe.yaml"), remote=True)
+    (made,) = yaml.safe_load_all(pytorchjob.render(what, settings(PLAIN)))
+    assert made["metadata"]["annotations"]["llmkit.io/output-dir"] == "s3://b/runs/a"
+    command = pods.command(what, settings(PLAIN).kubernetes)
+    assert command[3:5] == ["--output", "s3://b/runs/a"]
+    assert "--recipe" not in command
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
