@@ -42,6 +42,8 @@ class UpperWork:
         time.sleep(self._pause)
         with self._seen.open("a", encoding="utf-8") as file:
             file.writelines(f"{text}\n" for text in prepared)
+        with self._seen.with_name("pids.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{os.getpid()}\n")
         bad = {i: "cannot be capital" for i, text in enumerate(prepared) if text == "bad"}
         vectors = np.array([[len(text), text.count("a")] for text in prepared], dtype=np.float32)
         return Computed({"upper": [text.upper() for text in prepared], "vector": vectors}, bad, sum(map(len, prepared)))
