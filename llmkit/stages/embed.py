@@ -55,7 +55,7 @@ def check_against(recipe: Recipe, library: str) -> str:
     from llmkit.inference.batch.reading import rows_of
     from llmkit.inference.embedding.check import ROWS, compare
 
-    column = recipe.embedding.text
+    column = recipe.embedding.text or ""  # images alone: ``compare`` says that it compares texts
     texts = [row.get(column) for row in islice(rows_of(recipe.input), ROWS)]
     found = compare(recipe.model, recipe.embedding, [text for text in texts if isinstance(text, str)], library)
     if not found.same:

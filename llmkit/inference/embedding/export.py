@@ -102,11 +102,12 @@ def write_npy(shards: Sequence[Path], column: str, path: Path) -> None:
     """All vectors ``[rows, dim]`` in numpy's format, which ``numpy.load(path, mmap_mode="r")`` maps without reading."""
     rows = sum(pq.read_metadata(shard).num_rows for shard in shards)
     part = path.with_name(f".{path.name}.part")
-    whole: np.ndarray | None = None
+    whole: Any = None
     start = 0
     for vectors in _vectors(shards, column):
         if whole is None:
-            whole = np.lib.format.open_memmap(part, "w+", dtype=vectors.dtype, shape=(rows, vectors.shape[1]))
+            shape = (rows, vectors.shape[1])
+            whole = np.lib.format.open_memmap(part, "w+", dtype=vectors.dtype, shape=shape)  # type: ignore[no-untyped-call]
         whole[start : start + len(vectors)] = vectors
         start += len(vectors)
     if whole is None:
