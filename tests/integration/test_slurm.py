@@ -222,8 +222,8 @@ def test_stopped_by_a_signal_and_by_a_dead_node_it_goes_on_by_itself_to_the_same
 
 
 def test_the_time_limit_stops_requeues_and_ends(cluster: Cluster) -> None:
-    """Slurm's shortest limit is a minute; the signal comes half of it before."""
-    path = cluster.toy("long", steps=45, pause=0.8, launch={"slurm": {"time": "1", "signal_seconds": 30}})
+    """Slurm's shortest limit is a minute; the signal comes at least 15 seconds before, and 60 steps take 48."""
+    path = cluster.toy("long", steps=60, pause=0.8, launch={"slurm": {"time": "1", "signal_seconds": 15}})
     done = cluster.llmkit("toy", path, "--launcher", "slurm", "--wait", timeout=600)
     assert done.returncode == 0, done.stderr
     record = records.read(cluster.folder / "runs" / "long")
@@ -275,6 +275,20 @@ def test_an_interrupted_submission_is_found_again(cluster: Cluster) -> None:
     again = cluster.json("toy", path, "--launcher", "slurm")
     assert (again["id"], again["new"]) == (first["id"], False)
     assert len(cluster.ask("squeue", "--noheader", "--format=%i").split()) == 1
+
+
+def test_an_interrupted_submission_of_a_sweep_is_found_part_by_part(cluster: Cluster) -> None:
+    words = ("toy", cluster.toy("parts", pause=0.3), "--launcher", "slurm", "--sweep", "steps=[400,401]")
+    first = cluster.json(*words)["runs"]
+    for i in range(2):
+        file = cluster.folder / f"runs/parts/{i}/job.json"
+        written = json.loads(file.read_text())
+        logs = str(Path(written["where"]["log"]).parent)
+        file.write_text(json.dumps(written | {"id": "", "where": {"logs": logs, "index": str(i)}}))
+    again = cluster.json(*words)["runs"]
+    assert [one["id"] for one in again] == [one["id"] for one in first]
+    logs_found = [records.read(cluster.folder / f"runs/parts/{i}") for i in range(2)]
+    assert [Path(one.where["log"]).name for one in logs_found if one] == [f"slurm-{one['id']}.log" for one in first]
 
 
 def steps(folder: Path) -> int:
