@@ -19,7 +19,7 @@ fi
 # The API server of the Kubernetes tests takes minutes to build, once; it is made beside the first tests, and kept.
 if command -v apt-get >/dev/null; then nice scripts/kube_lab.sh build >/dev/null 2>&1 & fi
 
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 LLMKIT_KUBE_BUILD_S=600
 code=0
 step() { # name, command...: runs on after a failure, so that one run shows everything that is wrong
     local name=$1 started=$SECONDS
