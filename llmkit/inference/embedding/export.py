@@ -1,7 +1,7 @@
 """The finished vectors in the forms that vector databases and feature stores take: ``.npy``, Lance, FAISS.
 
 All are made from the Parquet shards, a shard at a time, and appear whole: they are written beside and renamed. Lance and
-FAISS come with the extra ``vectors``.
+FAISS come with the extras ``lance`` and ``faiss``.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _lance() -> Any:
     try:
         import lance
     except ImportError:
-        raise MissingError.extra("pylance", "vectors") from None
+        raise MissingError.extra("pylance", "lance") from None
     return lance
 
 
@@ -219,5 +219,5 @@ def _faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        raise MissingError.extra("faiss", "vectors") from None
+        raise MissingError.extra("faiss", "faiss") from None
     return faiss

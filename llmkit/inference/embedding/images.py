@@ -43,7 +43,7 @@ def read_image(value: Any, root: str | None = None) -> Any:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
-        raise MissingError.extra("pillow", "vision") from None
+        raise MissingError.extra("pillow", "image") from None
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):

@@ -106,9 +106,9 @@ class ExportSettings(Settings):
     npy: bool = False
     """All vectors as one ``vectors.npy`` that numpy can map into memory; ``vectors_keys.parquet`` has the other columns in the same order."""
     lance: bool = False
-    """A Lance dataset ``vectors.lance`` with all columns (extra ``vectors``)."""
+    """A Lance dataset ``vectors.lance`` with all columns (extra ``lance``)."""
     faiss: Literal["flat", "hnsw", "ivf"] | None = None
-    """A FAISS index ``vectors.faiss`` by inner product, ``binary`` by Hamming distance (extra ``vectors``); positions are those of ``vectors_keys.parquet``."""
+    """A FAISS index ``vectors.faiss`` by inner product, ``binary`` by Hamming distance (extra ``faiss``); positions are those of ``vectors_keys.parquet``."""
 
     features_by_day: str | None = None
     """Column of a timestamp or an ISO date: all columns as a Parquet data set ``features/day=2026-11-27/…``, as feature stores read it. The column has to be carried along."""

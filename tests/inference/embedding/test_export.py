@@ -106,7 +106,7 @@ def test_a_feature_table_has_a_folder_a_day(tmp_path: Path) -> None:
 def test_a_package_that_is_not_there_is_named_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("faiss", "lance"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingError, match=r"faiss is not installed.*llmkit\[vectors\]"):
+    with pytest.raises(MissingError, match=r"faiss is not installed.*llmkit\[faiss\]"):
         check_installed(ExportSettings(faiss="flat"))
-    with pytest.raises(MissingError, match=r"pylance is not installed.*llmkit\[vectors\]"):
+    with pytest.raises(MissingError, match=r"pylance is not installed.*llmkit\[lance\]"):
         check_installed(ExportSettings(lance=True))
