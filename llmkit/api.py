@@ -107,6 +107,7 @@ cpt: Stage
 prompt_test: Stage
 check_data: Stage
 embed: Stage
+label: Stage
 
 
 def __getattr__(name: str) -> Stage:

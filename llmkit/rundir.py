@@ -35,7 +35,7 @@ NO_WORK = frozenset({
 
 WITHOUT_EFFECT = (
     "tracking", "launch", "output_dir", "name", "data.cache_dir", "train.logging_steps", "train.save_minutes",
-    "train.save_total_limit", "train.time_limit_minutes", "plan", "max_errors",
+    "train.save_total_limit", "train.time_limit_minutes", "plan", "max_errors", "budget",
 )  # fmt: skip
 """Keys that may change between two starts of one run: they do not change what comes out."""
 

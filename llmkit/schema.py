@@ -40,6 +40,11 @@ _STARTER_OF: dict[str, dict[str, Any]] = {
         "cases": "data/cases.jsonl",
         "thresholds.overall": 0.9,
     },
+    "label": {
+        "models": "Qwen/Qwen3-1.7B",
+        "templates": "en-attribute-extraction",
+        "input.path": "data/titles.jsonl",
+    },
     "embed": {
         "model.name_or_path": "models/all-minilm-l6-v2",
         "input.path": "data/texts.jsonl",

@@ -22,7 +22,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 # keys without a default.
 _NOT_IN_A_STARTER = (
     "models", "judge", "data.train", "data.eval", "data.guard.leaks.against", "data.guard.quality.perplexity",
-    "model.tokenizer", "model.quantization",
+    "model.tokenizer", "model.quantization", "labels", "gold",
 )  # fmt: skip
 
 
@@ -82,9 +82,11 @@ def test_schemas_are_json_and_forbid_unknown_keys() -> None:
     assert json.loads(json.dumps(schemas)) == schemas
     for stage, found in schemas.items():
         assert found["title"] == f"llmkit {stage} recipe"
-        required = {"prompt-test": ["templates", "models", "cases"], "embed": ["input", "model"]}.get(
-            stage, ["model", "data"]
-        )
+        special = {
+            "prompt-test": ["templates", "models", "cases"], "embed": ["input", "model"],
+            "label": ["input", "models", "templates"],
+        }  # fmt: skip
+        required = special.get(stage, ["model", "data"])
         assert found["required"] == ["name", *required]
         blocks = [found, *found["$defs"].values()]
         assert len(blocks) >= 8

@@ -60,6 +60,8 @@ def test_it_holds_only_what_departs_from_the_defaults(path: Path) -> None:
         required = {"name": "x", "templates": "x", "models": "x", "cases": "x"}
     if path.parent.name == "embed":
         required = {"name": "x", "model": {"name_or_path": "x"}, "input": {"path": "x"}}
+    if path.parent.name == "label":
+        required = {"name": "x", "templates": "x", "models": "x", "input": {"path": "x"}}
     frozen = yaml.safe_load(dump(kind.model_validate(required)))
     written = load_recipe(path, kind).model_dump(exclude_unset=True)
     assert _same(written, frozen) == []
@@ -86,7 +88,7 @@ def test_a_dry_run_resolves_it(
     recipe = load_recipe(path, recipe_type(path.parent.name))
     said = capfd.readouterr().out
     assert f"name: {recipe.name}" in said
-    defaults = {"prompt-test": "batch_size: 8", "embed": "rows_per_shard: 10000"}
+    defaults = {"prompt-test": "batch_size: 8", "embed": "rows_per_shard: 10000", "label": "max_errors: 100"}
     default = defaults.get(path.parent.name, "warmup_ratio: 0.03")
     assert default in said, "a default is not written out"
     assert list(tmp_path.iterdir()) == [], "a dry run leaves nothing behind"

@@ -89,6 +89,11 @@ class Generator:
         self._no_gradients: Any = torch.no_grad if divided else torch.inference_mode
 
     @property
+    def bare(self) -> PreTrainedModel:
+        """The transformers model itself, an adapter's layers inside of it."""
+        return self._bare
+
+    @property
     def context(self) -> int | None:
         """Positions that the model has room for, prompt and answer together; None where it has no such limit."""
         limit = getattr(self._bare.config.get_text_config(), "max_position_embeddings", None)

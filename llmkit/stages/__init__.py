@@ -15,6 +15,7 @@ STAGES: dict[str, str] = {
     "prompt-test": "llmkit.stages.prompt_test",
     "check-data": "llmkit.stages.check_data",
     "embed": "llmkit.stages.embed",
+    "label": "llmkit.stages.label",
 }
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 WORKS: dict[str, str] = {
     "embed": "llmkit.inference.embedding.work:EmbedWork",
+    "label": "llmkit.labelling.work:LabelWork",
 }
 """The work of each stage: a class that is made from the stage's recipe."""
 
