@@ -106,6 +106,8 @@ class Agent:
         self.server, self.folder = server, folder
         self.jobs: dict[str, Job] = {}
         self.pods: dict[tuple[str, str], Pod] = {}
+        self.old: set[str] | None = None
+        """Jobs that were there before this agent: their pods, if any, are another's."""
         folder.mkdir(parents=True, exist_ok=True)
 
     # The kubelet
@@ -247,12 +249,14 @@ class Agent:
             for body in (self.server.ask("GET", f"/apis/{group}", missing_ok=True) or {"items": []})["items"]:
                 where = f"/apis/{api}/namespaces/{body['metadata']['namespace']}/{plural}/{body['metadata']['name']}"
                 there[body["metadata"]["uid"]] = {"path": where, "body": body}
+        if self.old is None:
+            self.old = set(there)
         for uid in [uid for uid in self.jobs if uid not in there]:
             job = self.jobs.pop(uid)
             for pod in self.pods_of(job):
                 self.remove_pod(pod)
         for uid, found in there.items():
-            if uid not in self.jobs and not found["body"].get("status", {}).get("conditions"):
+            if uid not in self.jobs and uid not in self.old:
                 self.jobs[uid] = Job(found["path"], found["body"], free_port())
                 self.start_job(self.jobs[uid])
         for job in list(self.jobs.values()):
@@ -309,6 +313,7 @@ class Agent:
 
     def work(self) -> None:
         self.register()
+        self.look_at_jobs()
         print("ready", flush=True)
         while True:
             try:
