@@ -42,9 +42,9 @@ def recipes(folder: Path, model: Path) -> dict[str, dict[str, Any]]:
         "".join(json.dumps({"text": "The quick brown fox. " * 9}) + "\n" for _ in range(24))
     )
     (folder / "queries.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("red shoes", "wool scarf")))
-    (folder / "answer.jinja").write_text(
-        "---\nname: answer\nvariables:\n  - {name: question, description: what is asked}\n---\n{{ question }}\n"
-    )
+    for name, variable in (("answer", "question"), ("clothing", "text")):
+        head = f"---\nname: {name}\nvariables:\n  - {{name: {variable}, description: what is asked}}\n---\n"
+        (folder / f"{name}.jinja").write_text(head + "{{ " + variable + " }}\n")
     common = {"tracking": {"enabled": False}}
     train = {"max_steps": 3, "save_steps": 2, "per_device_train_batch_size": 2, "sample_prompts": 0}
     data = {"train": str(folder / "rows.jsonl"), "max_length": 64, "cache_dir": str(folder / "cache")}
@@ -66,8 +66,8 @@ def recipes(folder: Path, model: Path) -> dict[str, dict[str, Any]]:
             "input": {"path": str(folder / "queries.jsonl")},
         },
         "label": common | {
-            "models": [str(model)], "input": {"path": str(folder / "queries.jsonl")},
-            "template": "Is this clothing? {{ text }}", "labels": ["yes", "no"],
+            "models": str(model), "input": {"path": str(folder / "queries.jsonl")},
+            "templates": str(folder / "clothing.jinja"), "labels": ["yes", "no"],
         },
     }  # fmt: skip
     return {stage: {"name": stage} | found for stage, found in made.items() if stage in STAGES}
