@@ -150,11 +150,11 @@ class Mirror:
             store = self._store
             store.patience_s = self._patience_s if patience_s is None else patience_s
             try:
-                left = self._finish_rest()
+                self._finish_rest()
             except StoreError as exc:
                 trouble = exc
-                left = [unit for unit, _ in self._rest()] + self._stale()
         if trouble is not None:
+            left += [unit for unit, _ in self._rest() if unit not in self._units] + self._stale()
             raise StoreError(
                 f"{trouble}\nNot in {self.uri} yet: {', '.join(left) or 'the last small files'}. All of it is in {self.folder} on"
                 f" {socket.gethostname()}: the same command on this machine uploads it."
@@ -250,7 +250,7 @@ class Mirror:
 
     # The end
 
-    def _finish_rest(self) -> list[str]:
+    def _finish_rest(self) -> None:
         # A process that this one started may have uploaded meanwhile.
         self._journal.sent = Journal.load(self.folder, self.uri).sent
         self._units = dict(Contents.of(self._store).units)
@@ -271,7 +271,6 @@ class Mirror:
             self._check_hold()
             self._push_one(result)
         self._journal.save()
-        return []
 
     def _rest(self) -> list[tuple[str, list[Path]]]:
         """The folders of the run, and what of them is not part of a unit that was published by itself."""

@@ -174,7 +174,7 @@ def test_a_checkpoint_that_is_half_uploaded_is_not_complete_and_the_one_before_i
 
 def test_the_same_machine_uploads_later_what_it_could_not(run: Run, faults: Faults) -> None:
     faults.part = "checkpoint-6"
-    with pytest.raises(StoreError), run.on("a") as held:
+    with pytest.raises(StoreError) as caught, run.on("a") as held:
         state(held.folder)
         held.publish(checkpoint(held.folder, 3))
         held.publish(checkpoint(held.folder, 6))
@@ -182,6 +182,7 @@ def test_the_same_machine_uploads_later_what_it_could_not(run: Run, faults: Faul
         (held.folder / "model" / "config.json").write_text("{}", encoding="utf-8")
         done(held.folder)
     assert run.store.read("result.json") is None and "model" not in run.units
+    assert all(name in str(caught.value) for name in ("checkpoint-6", "model", "result.json"))
     faults.part = ""
     faults.written.clear()
     with run.on("a") as held:
@@ -257,6 +258,24 @@ def test_an_old_checkpoint_goes_marker_first_and_after_the_newer_one_is_there(
     gone = order.index(f"delete {marker_of('checkpoints/checkpoint-3')}")
     assert order.index(marker_of("checkpoints/checkpoint-6")) < gone
     assert gone < order.index("delete checkpoints/checkpoint-3/model.safetensors")
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_hide_what_is_missing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def delete(store: Store, names: Any) -> None:
+        raise StoreError(f"The store of {store.uri} does not answer.", passing=True)
+
+    with pytest.raises(StoreError, match=r"yet: model, result\.json"), run.on("a") as held:
+        made = checkpoint(held.folder, 3)
+        held.publish(made)
+        held._uploads.close()
+        held._uploads = type(held._uploads)(held.folder, held._carry_out, run.notes.append, 0.0)
+        monkeypatch.setattr(Store, "delete", delete)
+        held.retire(made)
+        (held.folder / "model").mkdir()
+        (held.folder / "model" / "config.json").write_text("{}", encoding="utf-8")
+        done(held.folder)
 
 
 def test_a_unit_that_was_damaged_in_the_store_is_passed_over_with_a_line(run: Run) -> None:
