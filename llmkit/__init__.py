@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmkit.api import check_data as check_data
     from llmkit.api import cpt as cpt
+    from llmkit.api import embed as embed
     from llmkit.api import label as label
     from llmkit.api import lora as lora
     from llmkit.api import prompt_test as prompt_test

@@ -28,6 +28,7 @@ CONNECT_SECONDS = 2.0
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "sft": ("train",), "lora": ("train",), "cpt": ("train",), "prompt-test": ("train",), "check-data": ("train", "guard"),
+    "embed": ("train",), "label": ("train",),
 }  # fmt: skip
 """Extras without which a stage cannot run."""
 

@@ -28,7 +28,7 @@ def test_report_is_json_and_text(offline: None) -> None:
     assert report["memory"]["total_gb"] > 0
     assert report["cpu"]["cores"] >= 1
     assert report["disk"]["free_gb"] > 0
-    assert report["launchers"] == ["local"]
+    assert report["launchers"] == ["local", "slurm", "pytorchjob", "trainjob", "polyaxon"]
     assert "train" in report["extras"]
     assert report["missing"] == []
     assert all(stage in text for stage in STAGES)

@@ -55,6 +55,7 @@ def test_the_demo_from_the_command_line(run_llmkit: Callable[..., Any], demo_mod
     assert "⟦Phone accessories<|im_end|>" in shown.stdout
 
 
+@pytest.mark.timeout(900)
 def test_the_shipped_templates_from_python(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six templates in English, Korean and Chinese: checked, and answered with a few tokens each."""
     monkeypatch.chdir(tmp_path)

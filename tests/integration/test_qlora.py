@@ -109,6 +109,7 @@ def test_a_sequence_to_sequence_model_learns(tiny_t5: Path, tmp_path: Path, monk
     assert curve[max(curve)] < curve[1] - 0.2
 
 
+@pytest.mark.timeout(1200)
 def test_train_merge_and_chat_by_the_command_line(
     run_llmkit: Callable[..., Any], demo_model: Path, tmp_path: Path
 ) -> None:
@@ -124,7 +125,7 @@ def test_train_merge_and_chat_by_the_command_line(
             "tracking": {"enabled": False},
         })
     )  # fmt: skip
-    done = run_llmkit("lora", path)
+    done = run_llmkit("lora", path, timeout=800)
     assert done.code == 0, done.stderr
     assert "106,168,320 of " in done.stderr and " weights are kept in nf4" in done.stderr
     assert "MatMul" not in done.stderr and "Warning" not in done.stderr
