@@ -135,9 +135,9 @@ def test_train_merge_and_chat_by_the_command_line(
     info = json.loads((tmp_path / "out" / "adapter" / "llmkit_base.json").read_text())
     assert info["quantization"] == {"type": "nf4", "double_quant": True, "compute_dtype": "bfloat16"}
     assert info["dtype"] == "bfloat16"
-    answer = run_llmkit("chat", "out", "--prompt", "What is 2 + 2?", "--max-new-tokens", "8")
+    answer = run_llmkit("chat", "out", "--prompt", "What is 2 + 2?", "--max-new-tokens", "8", timeout=800)
     assert answer.code == 0 and answer.stdout.strip(), answer.stderr
-    merged = run_llmkit("merge", "out")
+    merged = run_llmkit("merge", "out", timeout=800)
     assert merged.code == 0, merged.stderr
     assert "quantization: nf4 in training; merged into the unquantized base" in merged.stdout
     assert (tmp_path / "out" / "merged" / "config.json").is_file()
